@@ -1,0 +1,1 @@
+"""Cards, and pushing of models and datasets to the Hub."""

@@ -1,0 +1,610 @@
+"""Parallel decoding of masked diffusion language models behind `model.generate()`.
+
+The prompt is followed by `max_new_tokens` times `[MASK]`: the canvas. It is finished block by block, from left to
+right. One step is a forward pass, a token and a certainty for every masked position of the block, and an unmasking
+policy that decides which of them become final ("Large Language Diffusion Models", https://arxiv.org/abs/2502.09992,
+with the policies of `unmasking.py`). One loop serves every model family: a model owes it `config.mask_token_id`, a
+class attribute `logits_shift`, and a `forward` that takes `logits_to_keep`.
+"""
+
+import copy
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+from transformers.utils import ModelOutput, logging
+
+from .token_statistics import token_statistics
+from .unmasking import POLICIES, SCHEDULES
+
+logger = logging.get_logger(__name__)
+
+DEFAULTS = {
+    "block_length": 32,
+    "unmasking": "confidence_threshold",
+    "schedule": "even",
+    "block_cache": "none",
+    "stop_at_eos": True,
+}
+DEFAULT_MAX_NEW_TOKENS = 256
+BLOCK_CACHES = ("none",)
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Fields of GenerationConfig that only have a meaning when tokens come one after the other.
+AUTOREGRESSIVE_FIELDS = (
+    "num_beams num_beam_groups diversity_penalty early_stopping length_penalty constraints force_words_ids "
+    "penalty_alpha dola_layers low_memory prompt_lookup_num_tokens assistant_early_exit is_assistant use_mtp "
+    "speculation_type guidance_scale watermarking_config token_healing output_scores output_logits output_attentions "
+    "output_hidden_states cache_implementation cache_config max_cache_len prefill_chunk_size "
+    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id"
+).split()
+
+
+def _require(condition, name, value, allowed):
+    if not condition:
+        raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
+
+
+def _is_int(value, low):
+    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_number(value):
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+
+
+class DiffusionGenerationConfig(GenerationConfig):
+    """`GenerationConfig` with the fields of diffusion decoding, saved in `generation_config.json`.
+
+    As everywhere in transformers, a field that is `None` here takes the value of the checkpoint's own configuration,
+    and the default where that has none.
+
+    Args:
+        block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter.
+        unmasking (`str`, defaults to `"confidence_threshold"`): the policy. Thresholded: `"confidence_threshold"`,
+            `"confidence_factor"`, `"entropy_threshold"`, `"entropy_bound"`; scheduled: `"confidence"`, `"entropy"`,
+            `"margin"`, `"random"`. See `unmasking.py`.
+        threshold (`float`): of a thresholded policy; defaults to 0.9 (a probability), 1.0 (a factor above 0), 0.5 and
+            0.1 (entropies in nats), in the order above. Naming another policy than the checkpoint's without a
+            threshold takes that policy's default, not the checkpoint's number.
+        steps (`int`, defaults to `max_new_tokens`): forward passes of a scheduled policy in all, split as evenly as
+            possible over the blocks, the first blocks getting more, at least one each.
+        schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps;
+            `"linear_time"` is Dream's.
+        block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
+        stop_at_eos (`bool`, defaults to `True`): a row ends once an end-of-text (any of `eos_token_id`) stands with
+            nothing masked before it, and everything behind it becomes padding.
+        eos_threshold (`float`, *optional*): End-of-Text Prediction (Learn2PD, https://arxiv.org/abs/2509.25188): an
+            end-of-text in the block that is written, or predicted with at least this probability, is taken as the end
+            at once, and everything behind it leaves the computation. In [0, 1]; needs `stop_at_eos`.
+        mask_token_id (`int`, *optional*): `[MASK]`; defaults to that of the model's configuration.
+        kwargs: the standard fields. `max_new_tokens` defaults to 256.
+
+    Raises:
+        ValueError: naming the field, its value and what is allowed.
+    """
+
+    def __init__(self, **kwargs):
+        # A flag that transformers saves in the file and that makes it drop every field it does not know.
+        kwargs.pop("_from_model_config", None)
+        self.block_length = kwargs.pop("block_length", None)
+        self.unmasking = kwargs.pop("unmasking", None)
+        self.threshold = kwargs.pop("threshold", None)
+        self.steps = kwargs.pop("steps", None)
+        self.schedule = kwargs.pop("schedule", None)
+        self.block_cache = kwargs.pop("block_cache", None)
+        self.stop_at_eos = kwargs.pop("stop_at_eos", None)
+        self.eos_threshold = kwargs.pop("eos_threshold", None)
+        self.mask_token_id = kwargs.pop("mask_token_id", None)
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_model_config(cls, model_config):
+        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
+        return cls(**{name: getattr(model_config, name, None) for name in ids})
+
+    @staticmethod
+    def _get_default_generation_params():
+        params = GenerationConfig._get_default_generation_params()
+        del params["max_length"]  # 20 tokens are no answer; see DEFAULT_MAX_NEW_TOKENS
+        return params
+
+    def to_diff_dict(self):
+        return {key: value for key, value in super().to_diff_dict().items() if value is not None}
+
+    def validate(self, *args, **kwargs):
+        super().validate(*args, **kwargs)
+        for name, low in (
+            ("block_length", 1),
+            ("steps", 1),
+            ("max_new_tokens", 1),
+            ("mask_token_id", 0),
+            ("top_k", 0),
+        ):
+            value = getattr(self, name)
+            _require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
+        choices = (("unmasking", POLICIES), ("schedule", SCHEDULES), ("block_cache", BLOCK_CACHES))
+        for name, allowed in (*choices, ("stop_at_eos", (True, False))):
+            value = getattr(self, name)
+            _require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
+        for name, high in (("temperature", math.inf), ("top_p", 1.0), ("eos_threshold", 1.0), ("max_time", math.inf)):
+            value = getattr(self, name)
+            ok = value is None or (_is_number(value) and 0.0 <= value <= high)
+            _require(ok, name, value, f"a number from 0 to {high:g}")
+        if self.threshold is not None:
+            unmasking = self.unmasking or DEFAULTS["unmasking"]
+            policy = POLICIES[unmasking]
+            ok = _is_number(self.threshold) and policy.allows(self.threshold)
+            _require(ok, "threshold", self.threshold, f"a number {policy.range} for `unmasking={unmasking!r}`")
+        if self.eos_threshold is not None and self.stop_at_eos is False:
+            raise ValueError(f"`eos_threshold={self.eos_threshold!r}` needs `stop_at_eos=True`, but it is False.")
+        if self.do_sample and self.temperature == 0:
+            raise ValueError("`temperature=0` cannot be sampled: it must be above 0, or leave out `do_sample`.")
+
+
+@dataclass
+class DiffusionGenerationOutput(ModelOutput):
+    """What `generate(return_dict_in_generate=True)` returns, for B rows, prompts of P and answers of G tokens.
+
+    Args:
+        sequences (`torch.LongTensor` of shape `(B, P + G)`): prompts and answers.
+        num_forward_passes (`torch.LongTensor` of shape `(B,)`): NFE. A pass counts for a row if the row's current
+            block still held a mask.
+        tokens_per_forward (`torch.FloatTensor` of shape `(B,)`): TPF: tokens of the answer up to and including the
+            first end-of-text, over the NFE.
+        unmasking_step (`torch.LongTensor` of shape `(B, G)`): the row's pass (0, 1, ...) after which each position was
+            written, -1 if never.
+        unmasking_confidence (`torch.FloatTensor` of shape `(B, G)`): probability of the token when it was written, 0
+            if never.
+    """
+
+    sequences: torch.LongTensor | None = None
+    num_forward_passes: torch.LongTensor | None = None
+    tokens_per_forward: torch.FloatTensor | None = None
+    unmasking_step: torch.LongTensor | None = None
+    unmasking_confidence: torch.FloatTensor | None = None
+
+
+class Canvas:
+    """The state of one decoding. Tensors stay on the device; `look` brings the little that the loop decides by to the
+    host, once a step.
+
+    Attributes (B rows, prompts of P and answers of G tokens):
+        ids (B, P + G): the canvas; position_ids: the same shape, or None for 0, 1, ...
+        attention_mask (B, P + G): 0 at keys nobody attends to, or None.
+        undecided (B, G): positions that are still to be written.
+        end (B,): length of the answer; G until a row ends earlier.
+        reach (B,): part of the answer that takes part in the computation; G unless an end-of-text was predicted.
+        finished (B,): the row has ended.
+        num_passes (B,), unmasking_step (B, G), unmasking_confidence (B, G): see DiffusionGenerationOutput.
+    """
+
+    def __init__(self, input_ids, attention_mask, config):
+        (batch_size, self.prompt_length), self.length = input_ids.shape, config.max_new_tokens
+        self.eos = config._eos_token_tensor if config.stop_at_eos else None
+        self.eos_threshold = config.eos_threshold
+        answer = input_ids.new_full((batch_size, self.length), config.mask_token_id)
+        self.ids = torch.cat((input_ids, answer), dim=1)
+        self.attention_mask = self.position_ids = None
+        if attention_mask is not None or self.eos_threshold is not None:
+            prompt_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids)
+            self.attention_mask = torch.cat((prompt_mask, torch.ones_like(answer)), dim=1)
+        if attention_mask is not None:
+            self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.undecided = torch.ones_like(answer, dtype=torch.bool)
+        self.end = answer.new_full((batch_size,), self.length)
+        self.reach = self.end.clone()
+        self.finished = torch.zeros_like(self.end, dtype=torch.bool)
+        self.num_passes = torch.zeros_like(self.end)
+        self.unmasking_step = torch.full_like(answer, -1)
+        self.unmasking_confidence = torch.zeros_like(answer, dtype=torch.float32)
+
+    @property
+    def answer(self):
+        return self.ids[:, self.prompt_length :]
+
+    def write(self, block, statistics, accepted):
+        """Make the accepted tokens of a block final, and end the rows that are done. `accepted` is (B, K) bool."""
+        is_counted = self.undecided[:, block].any(dim=1)
+        if self.eos_threshold is not None:
+            accepted = self._accept_predicted_end(block, statistics, accepted)
+        for values, new in (
+            (self.answer, statistics.token),
+            (self.unmasking_step, self.num_passes[:, None]),
+            (self.unmasking_confidence, statistics.confidence),
+        ):
+            values[:, block] = torch.where(accepted, new, values[:, block])
+        self.num_passes += is_counted
+        self.undecided[:, block] &= ~accepted
+        if self.eos is not None:
+            self._finish_at_eos(block)
+
+    def _accept_predicted_end(self, block, statistics, accepted):
+        """End-of-Text Prediction: the first end-of-text of a row's block that the policy accepts, or that is likely
+        enough, is written and becomes the row's reach."""
+        ends = self.undecided[:, block] & torch.isin(statistics.token, self.eos)
+        ends &= accepted | (statistics.confidence >= self.eos_threshold)
+        self.reach = torch.where(ends.any(dim=1), block.start + ends.int().argmax(dim=1) + 1, self.reach)
+        position = torch.arange(self.length, device=self.ids.device)
+        is_reached = position < self.reach[:, None]
+        self.undecided &= is_reached
+        self.attention_mask[:, self.prompt_length :] = is_reached
+        is_first = ends & (position[block] == self.reach[:, None] - 1)
+        return (accepted | is_first) & self.undecided[:, block]
+
+    def _finish_at_eos(self, block):
+        """End the rows in which an end-of-text of the block stands with nothing undecided before it."""
+        decided = (~self.undecided[:, block]).cumprod(dim=1).bool()
+        ends = torch.isin(self.answer[:, block], self.eos) & decided
+        first = block.start + ends.int().argmax(dim=1) + 1
+        self.finish(torch.where(ends.any(dim=1), first, self.length + 1))
+
+    def finish(self, end):
+        """End each row at length `end` (B,), or not at all where that is beyond the canvas."""
+        newly = (end <= self.length) & ~self.finished
+        self.end = torch.where(newly, end, self.end)
+        self.finished |= newly
+        self.undecided &= ~self.finished[:, None]
+
+    def look(self, block):
+        """The step's one wait for the device. Returns whether the block still holds an undecided position, and lists
+        over the rows: has it ended, and the length of its decided text; last the part of the answer that passes still
+        have to cover."""
+        first = torch.where(self.undecided.any(dim=1), self.undecided.int().argmax(dim=1), self.end)
+        state = (self.undecided[:, block].any(dim=1), self.finished, torch.minimum(first, self.end), self.reach)
+        is_open, finished, decided, reach = torch.stack([row.long() for row in state]).tolist()
+        unfinished_reach = (length for length, ended in zip(reach, finished, strict=True) if not ended)
+        return any(is_open), finished, decided, max(unfinished_reach, default=0)
+
+
+class DiffusionGenerationMixin(GenerationMixin):
+    """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
+
+    - `generation_config_class = DiffusionGenerationConfig` (transformers does not look for it on a mixin),
+    - `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream).
+    """
+
+    logits_shift = 0
+
+    def adjust_generation_fn(
+        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
+    ):
+        # transformers would load a plain GenerationConfig here and lose our fields.
+        names = "cache_dir force_download proxies local_files_only token revision subfolder trust_remote_code".split()
+        repository = {**dict(zip(names, args, strict=False)), **kwargs}
+        repository.pop("trust_remote_code", None)
+        if generation_config is not None:
+            self.generation_config = DiffusionGenerationConfig.from_dict(generation_config.to_dict())
+        elif pretrained_model_name_or_path is not None:
+            try:
+                self.generation_config = DiffusionGenerationConfig.from_pretrained(
+                    pretrained_model_name_or_path, **repository
+                )
+            except OSError:
+                logger.info("No generation_config.json: decoding by the defaults and the token ids of the model.")
+
+    def _prepare_generation_config(self, generation_config=None, **kwargs):
+        """Arguments over `generation_config` over the checkpoint's configuration over the defaults."""
+        given = {} if generation_config is None else generation_config.to_dict()
+        given.pop("_from_model_config", None)
+        # Plain, so that nothing is validated before it is complete.
+        plain = None if generation_config is None else GenerationConfig.from_dict(given)
+        merged, model_kwargs = super()._prepare_generation_config(plain, **kwargs)
+        # A threshold belongs to the policy that it was given for, and one length replaces the other.
+        related = dict.fromkeys(("unmasking", "threshold", "steps", "max_length", "max_new_tokens"))
+        related["unmasking"] = DEFAULTS["unmasking"]
+        for layer in (self.generation_config.to_dict(), given, kwargs):
+            named = {name: layer[name] for name in related if layer.get(name) is not None}
+            if named.get("unmasking", related["unmasking"]) != related["unmasking"]:
+                related["threshold"] = related["steps"] = None
+            if "max_length" in named:
+                related["max_new_tokens"] = None
+            related.update(named)
+        config = DiffusionGenerationConfig.from_dict(merged.to_dict() | related)
+        for name, value in DEFAULTS.items():
+            if getattr(config, name) is None:
+                setattr(config, name, value)
+        if config.mask_token_id is None:
+            config.mask_token_id = self.config.mask_token_id
+        return config, model_kwargs
+
+    def _check_config(self, config, model_kwargs):
+        """Refuse what diffusion decoding cannot do."""
+        defaults = GenerationConfig._get_default_generation_params()
+        for name in AUTOREGRESSIVE_FIELDS:
+            value = getattr(config, name, None)
+            if value is not None and value != defaults.get(name):
+                raise ValueError(
+                    f"`{name}={value!r}` is for autoregressive decoding and has no meaning in diffusion decoding: "
+                    f"it must be left out (or {defaults.get(name)!r})."
+                )
+        for name, value in model_kwargs.items():
+            if name not in ("input_ids", "attention_mask") and value is not None:
+                raise ValueError(
+                    f"`{name}` is not an argument of `generate()` for diffusion models (a typo, or an argument for "
+                    f"autoregressive decoding): besides the fields of DiffusionGenerationConfig, `input_ids` and "
+                    f"`attention_mask` are allowed."
+                )
+        vocab_size = self.config.vocab_size
+        allowed = f"an id of the vocabulary, 0 to {vocab_size - 1}"
+        ids = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
+        for name, value in (("mask_token_id", config.mask_token_id), ("pad_token_id", config.pad_token_id)):
+            _require(value is None or (_is_int(value, 0) and value < vocab_size), name, value, allowed)
+        _require(config.mask_token_id is not None, "mask_token_id", None, f"set, to {allowed}")
+        for value in ids:
+            ok = value is None or (_is_int(value, 0) and value < vocab_size and value != config.mask_token_id)
+            _require(
+                ok, "eos_token_id", config.eos_token_id, f"{allowed}, other than `mask_token_id`, or a list of those"
+            )
+        ok = config.pad_token_id != config.mask_token_id
+        _require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
+        _require(
+            config.eos_threshold is None or config.eos_token_id is not None,
+            "eos_threshold",
+            config.eos_threshold,
+            "None where no `eos_token_id` is known",
+        )
+
+    def _check_inputs(self, inputs, config, model_kwargs):
+        """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
+        input_ids, attention_mask = model_kwargs.get("input_ids"), model_kwargs.get("attention_mask")
+        if (inputs is None) == (input_ids is None):
+            raise ValueError("Exactly one of `inputs` and `input_ids` must be given: token ids of shape (B, P).")
+        input_ids = inputs if input_ids is None else input_ids
+        if (
+            not isinstance(input_ids, torch.Tensor)
+            or input_ids.ndim != 2
+            or input_ids.dtype not in (torch.long, torch.int)
+        ):
+            got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+            raise ValueError(f"`input_ids` must be an integer tensor of shape (B, P), but got {got}.")
+        input_ids = input_ids.long()
+        vocab_size = self.config.vocab_size
+        if ((input_ids < 0) | (input_ids >= vocab_size)).any():
+            low, high = input_ids.min().item(), input_ids.max().item()
+            raise ValueError(f"`input_ids` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
+        if attention_mask is not None:
+            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+                got = getattr(attention_mask, "shape", attention_mask)
+                got = tuple(got) if isinstance(got, torch.Size) else repr(got)
+                raise ValueError(
+                    f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not {got}."
+                )
+            if ((attention_mask != 0) & (attention_mask != 1)).any():
+                raise ValueError("`attention_mask` holds other values than 0 (padding) and 1: only those are allowed.")
+            attention_mask = attention_mask.to(input_ids)
+            if (attention_mask.diff(dim=1) < 0).any():
+                raise ValueError(
+                    "`attention_mask` has zeros behind ones: prompts must be padded on the left "
+                    '(`padding_side="left"` in the tokenizer).'
+                )
+            if attention_mask.all():
+                attention_mask = None
+        real = input_ids != config.mask_token_id
+        if not (real if attention_mask is None else real | (attention_mask == 0)).all():
+            raise ValueError(
+                f"`input_ids` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK]."
+            )
+        last_column = torch.ones_like(input_ids[:, -1:]) if attention_mask is None else attention_mask[:, -1:]
+        if self.logits_shift and (input_ids.shape[1] == 0 or not last_column.all()):
+            raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
+        return input_ids, attention_mask
+
+    def _set_length(self, config, prompt_length):
+        """Settle `max_new_tokens` and `max_length` (prompt and answer together) for this prompt length."""
+        limit = getattr(self.config, "max_position_embeddings", None) or math.inf
+        if config.max_new_tokens is None:
+            if config.max_length is None:
+                config.max_new_tokens = max(min(DEFAULT_MAX_NEW_TOKENS, limit - prompt_length), 1)
+            else:
+                config.max_new_tokens = config.max_length - prompt_length
+                allowed = f"above the prompt length, {prompt_length}"
+                _require(config.max_new_tokens > 0, "max_length", config.max_length, allowed)
+        config.max_length = prompt_length + config.max_new_tokens
+        if config.max_length > limit:
+            raise ValueError(
+                f"A prompt of {prompt_length} tokens and `max_new_tokens={config.max_new_tokens}` make "
+                f"{config.max_length}: together they must be at most `config.max_position_embeddings={limit}`."
+            )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        synced_gpus: bool | None = None,
+        streamer=None,
+        tokenizer=None,
+        generator: torch.Generator | None = None,
+        **kwargs,
+    ) -> torch.LongTensor | DiffusionGenerationOutput:
+        """Decode answers to a batch of prompts, several tokens per forward pass.
+
+        A row's answer and NFE do not depend on the other rows (sampling and `unmasking="random"` aside).
+
+        Args:
+            inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`.
+            generation_config (`GenerationConfig`, *optional*): fields that are set take precedence over the
+                checkpoint's; arguments take precedence over both.
+            logits_processor (`LogitsProcessorList`, *optional*): called for each position of the block with the ids to
+                its left (B, P + i), `[MASK]` where they are undecided, and its logits (B, V), as in autoregressive
+                decoding. Certainty is measured on what they return.
+            stopping_criteria (`StoppingCriteriaList`, *optional*): called when a block is complete, for every length
+                inside it, so that a row is cut where decoding token by token would have cut it. `max_time` is
+                looked at after every pass; a row that it ends keeps its text up to the first undecided position.
+            synced_gpus (`bool`, *optional*): keep making passes until every process is done; by default under
+                DeepSpeed ZeRO-3 and FSDP.
+            streamer (`BaseStreamer`, *optional*): receives the prompt, then the decided text as it grows (with
+                stopping criteria: as blocks are completed), and, where it has `put_draft`, the rest of the block after
+                every pass. Batch size 1 only.
+            tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
+            generator (`torch.Generator`, *optional*): on the model's device; randomness of sampling and of
+                `unmasking="random"`. PyTorch's global one if unset.
+            kwargs: `attention_mask` (B, P), 0 at padding, and any field of `DiffusionGenerationConfig`.
+
+        Returns:
+            `torch.LongTensor` of shape `(B, P + G)`, or a `DiffusionGenerationOutput` if `return_dict_in_generate`.
+            With `stop_at_eos` everything behind a row's first end-of-text is `pad_token_id`; without, the canvas is
+            returned as decoded.
+
+        Raises:
+            ValueError: for a wrong argument or input, before any computation.
+        """
+        config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
+        self._check_config(config, model_kwargs)
+        input_ids, attention_mask = self._check_inputs(inputs, config, model_kwargs)
+        self._set_length(config, input_ids.shape[1])
+        policy = POLICIES[config.unmasking]
+        if policy.is_scheduled and config.threshold is not None:
+            logger.warning(f"`threshold` is ignored: `unmasking={config.unmasking!r}` goes by `steps`.")
+        if not policy.is_scheduled and config.steps is not None:
+            logger.warning(f"`steps` is ignored: `unmasking={config.unmasking!r}` goes by `threshold`.")
+        if config.threshold is None:
+            config.threshold = policy.default
+        if config.steps is None:
+            config.steps = config.max_new_tokens
+        if synced_gpus is None:
+            sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+            synced_gpus = sharded and dist.is_initialized() and dist.get_world_size() > 1
+
+        input_ids, model_kwargs = self._expand_inputs_for_generation(
+            expand_size=config.num_return_sequences or 1, input_ids=input_ids, attention_mask=attention_mask
+        )
+        attention_mask = model_kwargs["attention_mask"]
+        if streamer is not None and input_ids.shape[0] != 1:
+            raise ValueError(f"`streamer` needs a batch of 1, but `input_ids` has {input_ids.shape[0]} rows.")
+        self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
+        criteria = self._diffusion_stopping_criteria(config, stopping_criteria, tokenizer)
+        if config._pad_token_tensor is None and criteria:
+            raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")
+        processors, warpers = self._diffusion_logits_processors(config, logits_processor, input_ids, attention_mask)
+
+        canvas = Canvas(input_ids, attention_mask, config)
+        if streamer is not None:
+            streamer.put(input_ids.cpu())
+        self._decode(canvas, config, processors, warpers, criteria, streamer, synced_gpus, generator)
+        while self._has_unfinished_sequences(True, synced_gpus, input_ids.device):
+            self(input_ids=canvas.ids[:, -1:])  # only so that the other processes can gather their weights
+        if streamer is not None:
+            streamer.end()
+        return self._finish(canvas, config)
+
+    def _diffusion_stopping_criteria(self, config, stopping_criteria, tokenizer):
+        config = copy.copy(config)  # length and end-of-text are the loop's own matter
+        config.max_length = config._eos_token_tensor = None
+        return self._get_stopping_criteria(config, StoppingCriteriaList(stopping_criteria or []), tokenizer)
+
+    def _diffusion_logits_processors(self, config, logits_processor, input_ids, attention_mask):
+        """Those that shape the distribution, whose certainty counts, apart from those that only shape the sampling."""
+        common = {"input_ids_seq_length": input_ids.shape[1], "device": input_ids.device}
+        processors = copy.copy(config)
+        processors.do_sample = False
+        processors = self._get_logits_processor(
+            processors,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            model_kwargs={"attention_mask": attention_mask},
+            **common,
+        )
+        if not config.do_sample:
+            return processors, None
+        sampling = GenerationConfig(do_sample=True, **{name: getattr(config, name) for name in SAMPLING_FIELDS})
+        return processors, self._get_logits_processor(sampling, **common)
+
+    def _decode(self, canvas, config, processors, warpers, criteria, streamer, synced_gpus, generator):
+        """The loop. See the module's docstring."""
+        policy = POLICIES[config.unmasking]
+        clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
+        criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
+        finished, reach, streamed = [0] * canvas.ids.shape[0], canvas.length, 0
+        for block, settings in self._blocks(config):
+            is_open = not all(finished)
+            while is_open:
+                self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
+                logits = self._block_logits(canvas, block, max(reach, block.stop), processors)
+                statistics = token_statistics(logits, config.mask_token_id, warpers, generator)
+                undecided = canvas.undecided[:, block]
+                canvas.write(
+                    block, statistics, policy.select(statistics, undecided, generator=generator, **next(settings))
+                )
+                is_open, finished, decided, reach = canvas.look(block)
+                if any(clock(torch.empty(1, 0), None).any() for clock in clocks):
+                    canvas.finish(canvas.end.new_tensor(decided))
+                    is_open, finished = False, [1] * len(finished)
+                elif criteria and not is_open:
+                    self._finish_by_criteria(canvas, block, criteria)
+                    is_open, finished, decided, reach = canvas.look(block)
+                if streamer is not None:
+                    hold_back = bool(criteria) and is_open  # a criterion may still cut inside the block
+                    streamed = self._stream(canvas, streamer, streamed, block.start if hold_back else decided[0])
+                    if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
+                        streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
+
+    def _blocks(self, config):
+        """Each block of the answer, with what the policy is told in each of its steps."""
+        policy, length = POLICIES[config.unmasking], config.block_length
+        starts = range(0, config.max_new_tokens, length)
+        for i, start in enumerate(starts):
+            block = slice(start, min(start + length, config.max_new_tokens))
+            if policy.is_scheduled:
+                steps = max(config.steps // len(starts) + (i < config.steps % len(starts)), 1)
+                counts = SCHEDULES[config.schedule](block.stop - start, steps)
+                yield block, ({"count": count} for count in counts)
+            else:
+                yield block, itertools.repeat({"threshold": config.threshold})
+
+    def _block_logits(self, canvas, block, reach, processors):
+        """Logits (B, K, V) that predict the block's positions, from a pass over the first `reach` of the answer."""
+        stop = canvas.prompt_length + reach
+        positions = torch.arange(block.start, block.stop, device=canvas.ids.device) + canvas.prompt_length
+        logits = self(
+            input_ids=canvas.ids[:, :stop],
+            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, :stop],
+            position_ids=None if canvas.position_ids is None else canvas.position_ids[:, :stop],
+            logits_to_keep=positions - self.logits_shift,
+        ).logits
+        if processors:
+            first = canvas.prompt_length + block.start
+            columns = [processors(canvas.ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
+            logits = torch.stack(columns, dim=1)
+        return logits
+
+    def _finish_by_criteria(self, canvas, block, criteria):
+        """End the rows for which a criterion holds, at the first length inside the complete block at which it does."""
+        end = canvas.end.new_full(canvas.end.shape, canvas.length + 1)
+        for length in range(block.start + 1, block.stop + 1):
+            stops = criteria(canvas.ids[:, : canvas.prompt_length + length], None).to(end.device)
+            end = torch.where(stops & (end > length), length, end)
+        canvas.finish(end)
+
+    def _stream(self, canvas, streamer, streamed, decided):
+        if decided > streamed:
+            streamer.put(canvas.answer[0, streamed:decided].cpu())
+        return max(decided, streamed)
+
+    def _finish(self, canvas, config):
+        pad = config._pad_token_tensor
+        position = torch.arange(canvas.length, device=canvas.ids.device)
+        if pad is not None:
+            behind = position >= canvas.end[:, None]
+            canvas.ids[:, canvas.prompt_length :] = torch.where(behind, pad, canvas.answer)
+        if not config.return_dict_in_generate:
+            return canvas.ids
+        length = canvas.end
+        if config._eos_token_tensor is not None:
+            is_eos = torch.isin(canvas.answer, config._eos_token_tensor)
+            first = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, canvas.length)
+            length = torch.minimum(length, first)
+        return DiffusionGenerationOutput(
+            sequences=canvas.ids,
+            num_forward_passes=canvas.num_passes,
+            tokens_per_forward=length / canvas.num_passes.clamp(min=1),
+            unmasking_step=canvas.unmasking_step,
+            unmasking_confidence=canvas.unmasking_confidence,
+        )

@@ -1,0 +1,246 @@
+"""LLaDA: a Llama-like transformer without the causal mask, which predicts every masked position at once.
+
+Module names are those of the official checkpoints, so weights, adapters and other engines agree without conversion.
+The architecture is described in "Large Language Diffusion Models" (https://arxiv.org/abs/2502.09992).
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_llada import LLaDAConfig
+from .generation_diffusion import DiffusionGenerationConfig, DiffusionGenerationMixin
+
+
+class LLaDARMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x):
+        normed = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+def rotary_tables(position_ids, head_dim, theta):
+    """Cosine and sine of the rotary angles, float32, (B, 1, T, head_dim). Recomputed in each pass: it costs nothing, and
+    there is no buffer that a cast or a meta device could spoil."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Rotary embedding of `x` (B, heads, T, head_dim), in float32 like the official code (`rope_full_precision`)."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, for `attn_implementation="eager"`; the other implementations are transformers' own."""
+    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
+    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class LLaDALlamaBlock(GradientCheckpointingLayer):
+    """Attention and gated MLP, each behind a norm. The official code keeps all projections in the block itself."""
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.d_model // config.n_heads
+        self.num_key_value_groups = config.n_heads // config.n_kv_heads
+        self.is_causal = False  # read by transformers' attention functions
+        kv_size = config.n_kv_heads * self.head_dim
+        self.attn_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.ff_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def attention(self, x, position_embeddings, attention_mask, past_key_values, **kwargs):
+        query, key, value = (
+            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
+        mixed, weights = attend(
+            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
+        )
+        return self.attn_out(mixed.flatten(2)), weights
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        attended, weights = self.attention(
+            self.attn_norm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        x = self.ff_norm(hidden_states)
+        hidden_states = hidden_states + self.ff_out(nn.functional.silu(self.ff_proj(x)) * self.up_proj(x))
+        return hidden_states, weights
+
+
+class LLaDAPreTrainedModel(PreTrainedModel):
+    config_class = LLaDAConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LLaDALlamaBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {"hidden_states": LLaDALlamaBlock, "attentions": OutputRecorder(LLaDALlamaBlock, index=1)}
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """The transformer from token ids to normed hidden states. As in the official checkpoints it also *holds* the head
+    (`transformer.ff_out`), which `LLaDAModelLM` applies."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDALlamaBlock(config, i) for i in range(config.n_layers)),
+                "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
+                "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
+            }
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value):
+        self.transformer.wte = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            # To find out that a mask hides nothing costs a wait for the device in every pass; whoever has no padding
+            # passes no mask.
+            allow_is_bidirectional_skip=attention_mask is None,
+        )
+        position_embeddings = rotary_tables(
+            position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta
+        )
+        for block in self.transformer.blocks:
+            hidden_states, _ = block(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.transformer.ln_f(hidden_states), past_key_values)
+
+
+class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
+    """LLaDA with its head and parallel `generate()`. The logits at position i predict the token at position i."""
+
+    generation_config_class = DiffusionGenerationConfig
+    logits_shift = 0
+    _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.model.transformer.ff_out
+
+    def set_output_embeddings(self, value):
+        self.model.transformer.ff_out = value
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.embedding_size = embeddings.num_embeddings  # transformers only knows of `vocab_size`
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        labels=None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One pass over a canvas.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): prompt and answer, `[MASK]` where nothing is decided.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at positions that nothing may attend to.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0, 1, ... if unset.
+            past_key_values (`Cache`, *optional*): keys and values of other positions.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, d_model)`, *optional*): in place of `input_ids`.
+            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): positions to apply the head to: 0 for all,
+                n for the last n, a tensor `(L,)` for the same ones in each row, `(B, L)` for others in each row.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` of shape `(B, L, embedding_size)`.
+        """
+        if labels is not None:
+            raise ValueError("`labels` has no meaning here: the loss depends on what was masked (see `trainer/`).")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        if isinstance(logits_to_keep, int):
+            hidden_states = hidden_states[:, -logits_to_keep:]
+        elif logits_to_keep.ndim == 1:
+            hidden_states = hidden_states[:, logits_to_keep.to(hidden_states.device)]
+        else:
+            hidden_states = hidden_states.take_along_dim(logits_to_keep.to(hidden_states.device)[..., None], dim=1)
+        return CausalLMOutputWithPast(
+            logits=self.model.transformer.ff_out(hidden_states),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+LLaDAModelLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,0 +1,1 @@
+"""Training of masked diffusion language models in the shape of TRL."""

@@ -1,0 +1,64 @@
+"""Decode word problems with a model and count what it took."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+from problems import is_correct
+from tqdm import tqdm
+
+ANSWER_LENGTH = 128  # tokens, end-of-text padding included
+
+
+@dataclass
+class Result:
+    """Of one way of decoding, over N problems. NFE is a mean over problems; TPF is all tokens over all passes."""
+
+    name: str
+    settings: dict
+    correct: list[bool]
+    nfe: float
+    tpf: float
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.correct) / len(self.correct)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% Wilson score interval of the accuracy (Wilson 1927, https://doi.org/10.2307/2276774)."""
+        n, p, z = len(self.correct), self.accuracy, 1.96
+        centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+        return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+
+
+def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Result:
+    """Solve `problems` in batches with `model.generate(**settings)`; decoding stops at end-of-text.
+
+    Problems of similar length share a batch, so that little is padded; results do not depend on it.
+    """
+    prompts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
+        )
+        for problem in problems
+    ]
+    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
+    correct, passes, tokens = [False] * len(problems), 0, 0.0
+    start = time.perf_counter()
+    batches = range(0, len(order), batch_size)
+    for first in tqdm(batches, desc=name, leave=False, disable=len(batches) < 2):
+        rows = order[first : first + batch_size]
+        batch = tokenizer([prompts[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt")
+        output = model.generate(
+            **batch.to(model.device), max_new_tokens=ANSWER_LENGTH, return_dict_in_generate=True, **settings
+        )
+        answers = output.sequences[:, batch["input_ids"].shape[1] :]
+        for i, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
+            correct[i] = is_correct(text, problems[i].answer)
+        passes += output.num_forward_passes.sum().item()
+        tokens += (output.tokens_per_forward * output.num_forward_passes).sum().item()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    return Result(name, settings, correct, passes / len(problems), tokens / passes, time.perf_counter() - start)

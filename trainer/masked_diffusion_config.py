@@ -1,0 +1,62 @@
+"""Arguments of MaskedDiffusionTrainer."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from .losses import LOSS_WEIGHTINGS
+
+
+@dataclass
+class MaskedDiffusionConfig(TrainingArguments):
+    """`TrainingArguments` with what masked diffusion needs. Defaults that differ from transformers': `learning_rate`
+    2e-5, `logging_steps` 10.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
+
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments of `AutoModelForCausalLM.from_pretrained`, if `model` is a name or path."
+        },
+    )
+    max_length: int | None = field(
+        default=384,
+        metadata={
+            "help": "Tokens of prompt and response together. Longer responses are cut, shorter ones are filled up "
+            "with end-of-text, which is learned as well. None: no limit, and one end-of-text."
+        },
+    )
+    response_length: int | None = field(
+        default=None,
+        metadata={"help": "Fill up or cut responses to this many tokens instead; `max_length` remains the limit."},
+    )
+    loss_weighting: str = field(
+        default="inverse_t",
+        metadata={
+            "help": "'inverse_t' (LLaDA's bound on the likelihood) or 'uniform' (mean over the masked tokens).",
+            "choices": list(LOSS_WEIGHTINGS),
+        },
+    )
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Processes for tokenizing the dataset; None for this one."}
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Log every X updates steps; a share of all steps if smaller than 1."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_length", "response_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"`{name}={value!r}` is not allowed: it must be at least 1, or None.")
+        if self.loss_weighting not in LOSS_WEIGHTINGS:
+            allowed = ", ".join(map(repr, LOSS_WEIGHTINGS))
+            raise ValueError(f"`loss_weighting={self.loss_weighting!r}` is not allowed: it must be one of {allowed}.")
+        super().__post_init__()

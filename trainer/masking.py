@@ -1,0 +1,63 @@
+"""Which tokens of a training example are masked.
+
+Randomness is a function of (seed, epoch, example id, position) and of nothing else, so that an example gets the same
+masks whatever the micro-batch, the number of processes or the device, and after a resume. Hence no generator with a
+state, but a hash of these numbers: the mixing function of SplitMix64 ("Fast splittable pseudorandom number
+generators", Steele et al., 2014, https://doi.org/10.1145/2660193.2660195), whole batches at a time.
+"""
+
+import torch
+
+EVALUATION_EPOCH = -1  # evaluation sees the same masks each time
+MIN_MASK_RATIO = 1e-3  # LLaDA's lower end of t: 1 / t must stay finite
+
+
+def _mix(x):
+    def shift_right(value, bits):  # torch shifts int64 arithmetically
+        return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+    x = (x ^ shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - (1 << 64))
+    x = (x ^ shift_right(x, 27)) * (0x94D049BB133111EB - (1 << 64))
+    return x ^ shift_right(x, 31)
+
+
+def uniform_draws(seed: int, epoch: int, example_id: torch.LongTensor, count: int) -> torch.FloatTensor:
+    """`count` numbers in [0, 1) for each example: (B,) -> (B, count). Asking for more leaves the first ones as they
+    are."""
+    key = torch.full_like(example_id, seed)
+    for number in (epoch, example_id):
+        key = _mix(key + (0x9E3779B97F4A7C15 - (1 << 64))) + number
+    counter = torch.arange(1, count + 1, device=example_id.device) * (0x9E3779B97F4A7C15 - (1 << 64))
+    bits = _mix(_mix(key)[:, None] + counter)
+    return ((bits >> 40) & 0xFFFFFF).float() / 2**24
+
+
+def response_mask(prompt_length: torch.LongTensor, attention_mask: torch.Tensor, logits_shift: int = 0):
+    """Positions that are learned: behind the prompt, and real. (B,), (B, T) -> (B, T) bool. Where the logits at i - 1
+    predict token i (`logits_shift=1`), nothing predicts position 0."""
+    position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (position >= prompt_length.clamp(min=logits_shift)[:, None]) & attention_mask.bool()
+
+
+def random_mask(response: torch.BoolTensor, *, seed: int, epoch: int, example_id: torch.LongTensor):
+    """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is masked with probability t.
+
+    Args:
+        response (`torch.BoolTensor` of shape `(B, T)`): the tokens that may be masked.
+        seed, epoch (`int`), example_id (`torch.LongTensor` of shape `(B,)`): see the module's docstring.
+
+    Returns:
+        masked (`torch.BoolTensor` of shape `(B, T)`) and mask_ratio (`torch.FloatTensor` of shape `(B,)`), the t.
+    """
+    draws = uniform_draws(seed, epoch, example_id, 1 + response.shape[1])
+    mask_ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
+    return response & (draws[:, 1:] < mask_ratio[:, None]), mask_ratio
+
+
+def gather_positions(masked: torch.BoolTensor):
+    """The masked positions of each row, first to last: (B, T) -> positions (B, M) and is_real (B, M), where M is the
+    largest number in a row. Shorter rows are filled up with positions that are not real."""
+    counts = masked.sum(dim=1)
+    longest = int(counts.max())
+    positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+    return positions, torch.arange(longest, device=masked.device) < counts[:, None]

@@ -4,39 +4,42 @@ of N rows, N batches of one, and every split over processes give the same gradie
 import torch
 from torch.nn import functional as F
 
-LOSS_WEIGHTINGS = ("inverse_t", "uniform")
+LOSS_WEIGHTINGS = ("inverse_t", "uniform", "token")
 
 
-def masked_diffusion_loss(logits, labels, masked, mask_ratio, response_length, loss_weighting="inverse_t"):
+def masked_diffusion_loss(logits, labels, masked, mask_ratio, span_length, loss_weighting="inverse_t"):
     """Cross-entropy on masked tokens.
 
-    `"inverse_t"` sums it, divided by t and by the response length: LLaDA's objective, a bound on the negative
+    `"inverse_t"` sums it, divided by t and by the span's length: LLaDA's objective, a bound on the negative
     log-likelihood per token (https://arxiv.org/abs/2502.09992, algorithm 2). `"uniform"` is its mean over the row's
-    masked tokens (0 if there are none), which weighs all t alike.
+    masked tokens (0 if there are none), which weighs all t alike. `"token"` is its sum over the span's length, so
+    that every masked token weighs alike, and heavily masked rows, as decoding begins with, weigh most.
 
     Args:
         logits (`torch.Tensor` of shape `(B, T, V)`): row i predicts labels i.
         labels (`torch.LongTensor` of shape `(B, T)`): the true tokens.
         masked (`torch.BoolTensor` of shape `(B, T)`): the positions that count.
         mask_ratio (`torch.FloatTensor` of shape `(B,)`): t in (0, 1].
-        response_length (`torch.LongTensor` of shape `(B,)`): number of tokens that could have been masked.
-        loss_weighting (`str`): `"inverse_t"` or `"uniform"`.
+        span_length (`torch.LongTensor` of shape `(B,)`): number of tokens that could have been masked (the response).
+        loss_weighting (`str`): one of `LOSS_WEIGHTINGS`.
 
     Returns:
         The loss, a scalar: the mean over rows.
     """
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    row_sums = losses.masked_fill(~masked, 0.0).sum(dim=1)
-    if loss_weighting == "inverse_t":
-        rows = row_sums / mask_ratio / response_length
-    else:
-        rows = row_sums / masked.sum(dim=1).clamp(min=1)
-    return rows.mean()
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+    row_sums = losses.view_as(labels).masked_fill(~masked, 0.0).sum(dim=1)
+    denominators = {
+        "inverse_t": mask_ratio * span_length,
+        "uniform": masked.sum(dim=1).clamp(min=1),
+        "token": span_length,
+    }
+    return (row_sums / denominators[loss_weighting]).mean()
 
 
 @torch.no_grad()
 def prediction_metrics(logits, labels, masked):
     """Sums over the masked tokens: right predictions, probabilities of the predicted token, and their number. (3,)"""
-    confidence, prediction = logits.float().softmax(dim=-1).max(dim=-1)
+    best, prediction = logits.float().max(dim=-1)
+    confidence = (best - logits.float().logsumexp(dim=-1)).exp()
     right = (prediction == labels) & masked
     return torch.stack([right.sum().float(), confidence.masked_fill(~masked, 0.0).sum(), masked.sum().float()])

@@ -36,10 +36,21 @@ class MaskedDiffusionConfig(TrainingArguments):
         default=None,
         metadata={"help": "Fill up or cut responses to this many tokens instead; `max_length` remains the limit."},
     )
+    block_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Mask every second example as block-wise decoding with this block length sees it: all tokens "
+            "behind a random block hidden and not scored, all before it shown. None: LLaDA's random masks only."
+        },
+    )
+    pad_to_multiple_of: int | None = field(
+        default=None, metadata={"help": "Pad batches to a multiple of this, so that compiled code sees fewer shapes."}
+    )
     loss_weighting: str = field(
         default="inverse_t",
         metadata={
-            "help": "'inverse_t' (LLaDA's bound on the likelihood) or 'uniform' (mean over the masked tokens).",
+            "help": "'inverse_t' (LLaDA's bound on the likelihood), 'uniform' (mean over a row's masked tokens) or "
+            "'token' (all masked tokens alike).",
             "choices": list(LOSS_WEIGHTINGS),
         },
     )
@@ -52,7 +63,7 @@ class MaskedDiffusionConfig(TrainingArguments):
     )
 
     def __post_init__(self):
-        for name in ("max_length", "response_length"):
+        for name in ("max_length", "response_length", "block_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}={value!r}` is not allowed: it must be at least 1, or None.")

@@ -14,7 +14,7 @@ import dparallel.modeling  # noqa: F401  (registers the model families with Auto
 
 from .losses import masked_diffusion_loss, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
-from .masking import EVALUATION_EPOCH, gather_positions, random_mask, response_mask
+from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
 
 logger = get_logger(__name__)
 
@@ -31,13 +31,17 @@ class DataCollatorForMaskedDiffusion:
     """
 
     pad_token_id: int
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, rows):
         ids = [torch.as_tensor(row["input_ids"]) for row in rows]
         lengths = torch.tensor([len(row) for row in ids])
+        multiple = self.pad_to_multiple_of or 1
+        width = -(-int(lengths.max()) // multiple) * multiple
         batch = {name: torch.tensor([row[name] for row in rows]) for name in ("prompt_length", "example_id")}
-        batch["input_ids"] = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
-        batch["attention_mask"] = (torch.arange(lengths.max()) < lengths[:, None]).long()
+        batch["input_ids"] = torch.full((len(ids), width), self.pad_token_id)
+        batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
+        batch["input_ids"][batch["attention_mask"].bool()] = torch.cat(ids)
         return batch
 
 
@@ -105,7 +109,7 @@ class MaskedDiffusionTrainer(Trainer):
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id
             data_collator = DataCollatorForMaskedDiffusion(
-                processing_class.eos_token_id if pad_token_id is None else pad_token_id
+                processing_class.eos_token_id if pad_token_id is None else pad_token_id, args.pad_to_multiple_of
             )
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, "train_dataset", processing_class, args)
@@ -186,28 +190,33 @@ class MaskedDiffusionTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*BATCH_COLUMNS, "attention_mask"]
 
+    def draw_masks(self, response, **randomness):
+        """The masks of a batch: (B, T) bool, the tokens that are learned -> `masking.Masks`."""
+        if self.args.block_length is None:
+            return random_masks(response, **randomness)
+        return mixed_masks(response, self.args.block_length, **randomness)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         mode = "train" if model.training else "eval"
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
-        response = response_mask(inputs["prompt_length"], attention_mask, self.logits_shift)
-        masked, mask_ratio = random_mask(
-            response,
+        masks = self.draw_masks(
+            response_mask(inputs["prompt_length"], attention_mask, self.logits_shift),
             seed=self.args.seed,
             epoch=math.floor(self.state.epoch or 0) if mode == "train" else EVALUATION_EPOCH,
             example_id=inputs["example_id"],
         )
-        # Only masked positions go through the head: there are never logits of whole sequences.
-        positions, is_real = gather_positions(masked)
+        # Only scored positions go through the head: there are never logits of whole sequences.
+        positions, is_scored = gather_positions(masks.scored)
         outputs = model(
-            input_ids=input_ids.masked_fill(masked, self.mask_token_id),
+            input_ids=input_ids.masked_fill(masks.hidden, self.mask_token_id),
             attention_mask=attention_mask,
-            logits_to_keep=positions - self.logits_shift * is_real,
+            logits_to_keep=positions - self.logits_shift * is_scored,
         )
         labels = input_ids.gather(1, positions)
         loss = masked_diffusion_loss(
-            outputs.logits, labels, is_real, mask_ratio, response.sum(dim=1), self.args.loss_weighting
+            outputs.logits, labels, is_scored, masks.ratio, masks.span_length, self.args.loss_weighting
         )
-        metrics = prediction_metrics(outputs.logits, labels, is_real)
+        metrics = prediction_metrics(outputs.logits, labels, is_scored)
         self._totals[mode] = self._totals[mode].to(metrics.device) + metrics
         return (loss, outputs) if return_outputs else loss
 

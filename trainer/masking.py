@@ -6,6 +6,8 @@ state, but a hash of these numbers: the mixing function of SplitMix64 ("Fast spl
 generators", Steele et al., 2014, https://doi.org/10.1145/2660193.2660195), whole batches at a time.
 """
 
+from typing import NamedTuple
+
 import torch
 
 EVALUATION_EPOCH = -1  # evaluation sees the same masks each time
@@ -39,25 +41,63 @@ def response_mask(prompt_length: torch.LongTensor, attention_mask: torch.Tensor,
     return (position >= prompt_length.clamp(min=logits_shift)[:, None]) & attention_mask.bool()
 
 
-def random_mask(response: torch.BoolTensor, *, seed: int, epoch: int, example_id: torch.LongTensor):
-    """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is masked with probability t.
+class Masks(NamedTuple):
+    """How a batch is masked.
+
+    `hidden` (B, T) bool: shown to the model as `[MASK]`. `scored` (B, T) bool: hidden, and part of the loss. `ratio`
+    (B,): the probability with which each token of the span was hidden. `span_length` (B,): number of tokens that could
+    have been scored.
+    """
+
+    hidden: torch.Tensor
+    scored: torch.Tensor
+    ratio: torch.Tensor
+    span_length: torch.Tensor
+
+
+def random_masks(response, *, seed, epoch, example_id) -> Masks:
+    """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is hidden with probability t.
 
     Args:
-        response (`torch.BoolTensor` of shape `(B, T)`): the tokens that may be masked.
+        response (`torch.BoolTensor` of shape `(B, T)`): the tokens that are learned.
         seed, epoch (`int`), example_id (`torch.LongTensor` of shape `(B,)`): see the module's docstring.
-
-    Returns:
-        masked (`torch.BoolTensor` of shape `(B, T)`) and mask_ratio (`torch.FloatTensor` of shape `(B,)`), the t.
     """
     draws = uniform_draws(seed, epoch, example_id, 1 + response.shape[1])
-    mask_ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
-    return response & (draws[:, 1:] < mask_ratio[:, None]), mask_ratio
+    ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
+    hidden = response & (draws[:, 1:] < ratio[:, None])
+    return Masks(hidden, hidden, ratio, response.sum(dim=1))
+
+
+def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
+    """What block-wise decoding sees: a block of the response is drawn uniformly, its tokens are hidden with probability
+    t ~ U(0, 1) and scored, everything before it is shown, and everything behind it is hidden without being scored.
+
+    Args: as `random_masks`; `block_length` is K, and the last block may be shorter.
+    """
+    draws = uniform_draws(seed, epoch, example_id, 2 + response.shape[1])
+    ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
+    length = response.sum(dim=1)
+    block = (draws[:, 1] * (-(-length // block_length))).floor().long()
+    block_of_token = (response.cumsum(dim=1) - 1).div(block_length, rounding_mode="floor")
+    span = response & (block_of_token == block[:, None])
+    scored = span & (draws[:, 2:] < ratio[:, None])
+    behind = response & (block_of_token > block[:, None])
+    return Masks(scored | behind, scored, ratio, span.sum(dim=1))
+
+
+def mixed_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
+    """`block_masks` for every second row on average, `random_masks` for the others."""
+    randomness = {"seed": seed, "epoch": epoch, "example_id": example_id}
+    is_block = uniform_draws(seed + 1, epoch, example_id, 1)[:, 0] < 0.5
+    pairs = zip(block_masks(response, block_length, **randomness), random_masks(response, **randomness), strict=True)
+    return Masks(*(torch.where(is_block[:, None] if a.ndim == 2 else is_block, a, b) for a, b in pairs))
 
 
 def gather_positions(masked: torch.BoolTensor):
-    """The masked positions of each row, first to last: (B, T) -> positions (B, M) and is_real (B, M), where M is the
-    largest number in a row. Shorter rows are filled up with positions that are not real."""
+    """The masked positions of each row, first to last: (B, T) -> positions (B, M) and is_real (B, M). M is the largest
+    number in a row, rounded up to a multiple of 8 as matrix units like it. Rows are filled up with positions that are
+    not real."""
     counts = masked.sum(dim=1)
-    longest = int(counts.max())
+    longest = min(-(-int(counts.max()) // 8) * 8, masked.shape[1])
     positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     return positions, torch.arange(longest, device=masked.device) < counts[:, None]

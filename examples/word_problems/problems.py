@@ -71,20 +71,12 @@ OBJECTS = (
 ).split()
 
 QUESTION_START = _alternatives("{n} has {a} {o}.", "At first {n} has {a} {o}.", "There are {a} {o} in the box of {n}.")
-QUESTION_LINK = _alternatives("", "then ", "(later|next) ", "after that ")
 QUESTION_STEP = {
     "+": _alternatives("{n} (finds|buys) {b} more.", "{n} gets {b} {o} from (Dad|a friend).", "{b} more {o} come in."),
     "-": _alternatives("{n} gives away {b}( of them|).", "{n} loses {b} {o}.", "{n} sells {b}( {o}|) to a friend."),
-    "*": _alternatives(
-        "{n} gets so many that there are {b} times as many {o}.", "the pile grows to {b} times as many."
-    ),
-    "/": _alternatives(
-        "{n} puts all {o} into {b} equal piles and keeps only one pile.",
-        "the {o} are shared by {b} friends( in equal parts|), and {n} is one of them.",
-    ),
-    "boxes": _alternatives(
-        "{n} buys {b} boxes with {m} {o} each.", "{n} finds {b} boxes( of {o}|), each with {m} in it."
-    ),
+    "*": _alternatives("{n} gets {b} times as many {o}.", "The pile grows to {b} times as many."),
+    "/": _alternatives("{n} keeps one of {b} equal piles.", "The {o} are shared by {b}, and {n} is one of them."),
+    "boxes": _alternatives("{n} buys {b} boxes with {m} {o} each.", "{n} finds {b} boxes( of {o}|) with {m} in each."),
 }
 QUESTION_TIMES = {
     2: _alternatives("{n} doubles the number of {o}."),
@@ -96,81 +88,55 @@ QUESTION_END = _alternatives(
 
 OPENER = _alternatives(
     "",
-    "Let us (see|count)( step by step|).",
-    "We (start|begin) with {a}( {o}|).",
-    "At first (there are|{n} has) {a}( {o}|).",
-    "Here is (how it goes|the count)( for {n}|).",
-    "{n} has {a}( {o}|) to (start|begin) with.",
-    "Step by step:",
-    "We go (step by step|on from {a}).",
+    "Let us see.",
+    "We start with {a} {o}.",
+    "{n} has {a} {o} to begin with.",
+    "Here is how it goes for {n}, step by step.",
 )
-LINK = _alternatives(
-    "", "", "then ", "next, ", "after that( step|), ", "now ", "from (there|here)( on|) ", "and (then|now) "
-)
-BEFORE_SUM = {
+# One kind of step in five lengths: which one was drawn decides where everything behind it stands.
+SOLUTION_STEP = {
     "+": _alternatives(
-        "",
-        "adding (the |){b}( more| {o}|) (gives|makes) ",
-        "{n} gets {b}( more|)( {o}|), (so|so we have|that is) ",
-        "with {b} (more|new)( {o}|) (there are|we have|it is|the count is) ",
-        "we add {b}( more|)( {o}|)( to the {a}|): ",
-        "{b}( more|)( {o}|) (come in|come to the {a}), so ",
+        "{a} + {b} = {c}.",
+        "Then {a} + {b} = {c} {o}.",
+        "We add {b} and get {a} + {b} = {c}.",
+        "With {b} more {o} the count is {a} + {b} = {c} in all.",
+        "After that {n} has {b} {o} more than before, so now there are {a} + {b} = {c} {o}.",
     ),
     "-": _alternatives(
-        "",
-        "taking (the |){b}( {o}|) away (leaves|gives) ",
-        "{n} has {b}( {o}|) less, (so|so we have|that is) ",
-        "with {b}( {o}|) less (there are|we have|it is|the count is) ",
-        "we take {b}( away|)( from the {a}|): ",
-        "{b}( of the {a}|)( {o}|) (go away|are gone), so ",
+        "{a} - {b} = {c}.",
+        "Then {a} - {b} = {c} {o}.",
+        "We take {b} and get {a} - {b} = {c}.",
+        "With {b} {o} less the count is {a} - {b} = {c} in all.",
+        "After that {n} has {b} {o} less than before, so now there are {a} - {b} = {c} {o}.",
     ),
     "*": _alternatives(
-        "",
-        "{b} times (the {a}|as many|that) (is|gives|makes) ",
-        "{n} has {b} times (that|as many)( {o}|), (so|so we have|that is) ",
-        "with {b} times as many (there are|we have|it is|the count is) ",
-        "we take {b} times (that|the {a}): ",
-        "the (pile|number|count) grows( {b} times|), so ",
+        "{a} * {b} = {c}.",
+        "Then {a} * {b} = {c} {o}.",
+        "{b} times as many gives {a} * {b} = {c}.",
+        "With {b} times the {o} the count is {a} * {b} = {c} in all.",
+        "After that {n} has {b} times as many {o} as before, so now there are {a} * {b} = {c} {o}.",
     ),
     "/": _alternatives(
-        "",
-        "one (share|part|pile) of {b}( equal parts|) (is|gives|makes) ",
-        "{n} keeps one (share|part|pile) of {b}, (so|so we have|that is) ",
-        "with {b} equal (parts|piles) (there are|we have|it is|the count is) ",
-        "we (share|split)( the {a}|)( {o}|) (by {b}|into {b} parts): ",
-        "each( one|) of the {b} (parts|piles) (has|is) ",
+        "{a} / {b} = {c}.",
+        "Then {a} / {b} = {c} {o}.",
+        "We share by {b} and get {a} / {b} = {c}.",
+        "With {b} equal parts the count is {a} / {b} = {c} in each.",
+        "After that {n} has one of {b} equal parts of the {o}, so now there are {a} / {b} = {c} {o}.",
     ),
     "boxes": _alternatives(
-        "",
-        "{b} boxes (of|with) {m}( {o}|) (make|are) ",
-        "we (first |)count the( new|) boxes: ",
-        "the boxes have ",
-        "in( all|) {b} boxes there are ",
+        "{b} * {m} = {p} and {a} + {p} = {c}.",
+        "Then {b} * {m} = {p} {o} and {a} + {p} = {c}.",
+        "The boxes have {b} * {m} = {p}, and we get {a} + {p} = {c}.",
+        "With {b} boxes of {m} we have {b} * {m} = {p} more, and the count is {a} + {p} = {c} in all.",
+        "After that {n} has {b} boxes of {m} with {b} * {m} = {p} {o}, so now there are {a} + {p} = {c} {o}.",
     ),
 }
-SUM = {kind: [[f"{{a}} {kind} {{b}} = {{c}}"]] for kind in "+-*/"}
-SUM["boxes"] = _alternatives(
-    "{b} * {m} = {p}, so {a} + {p} = {c}",
-    "{b} * {m} = {p}( {o}|), and (then|now|in all) {a} + {p} = {c}",
-    "{b} * {m} = {p}( new|) {o}. (That makes|That gives|Now we have) {a} + {p} = {c}",
-    "{b} * {m} = {p}. {a} + {p} = {c}",
-)
-AFTER_SUM = _alternatives(
-    ".",
-    " {o}.",
-    "( {o}|) (now|so far|in all|for now).",
-    ", so {n} has {c}( now|).",
-    ", and that (is|leaves) {c}.",
-    " in the (box|pile).",
-)
 ENDING = _alternatives(
     "",
-    "That is (all|it|the end)( of it|).",
-    "So {n} has {c}( {o}|)( left|)( now|).",
-    "(Now we|We) are (there|at the end)( of the count|).",
-    "There is no more to (count|do)( here|)( for {n}|).",
+    "That is all.",
     "No more steps are left.",
-    "So {c}( {o}|) are (left|there)( at the end|).",
+    "So {n} has {c} {o} left.",
+    "Now we are at the end of the count for {n}.",
 )
 FINAL = "The answer is {c}."
 
@@ -188,33 +154,31 @@ def _draw_step(rng: random.Random, total: int) -> Step:
     while True:
         kind = _pick(rng, ("+", "+", "+", "-", "-", "-", "*", "*", "/", "/", "boxes"))
         if kind == "+":
-            b = 2 + _below(rng, 98)
+            b = 2 + _below(rng, 58)
             return Step(kind, total, b, total + b)
         if kind == "-" and total >= 2:
-            b = 2 + _below(rng, min(total, 99) - 1)
+            b = 2 + _below(rng, min(total, 59) - 1)
             return Step(kind, total, b, total - b)
-        # Products and shares stay within the tables of 2 to 5 up to 99, which a small model can learn by heart. This
-        # also keeps every total below 1000.
+        # Products and shares stay within what a small model can learn by heart: 2 to 5 times up to 50.
         b = 2 + _below(rng, 4)
-        if kind == "*" and 1 <= total <= 99:
+        if kind == "*" and 1 <= total <= 50:
             return Step(kind, total, b, total * b)
-        if kind == "/" and total % b == 0 and 1 <= total // b <= 99:
+        if kind == "/" and total % b == 0 and 1 <= total // b <= 50:
             return Step(kind, total, b, total // b)
         if kind == "boxes":
-            m = 2 + _below(rng, 18)
+            m = 2 + _below(rng, 11)
             return Step(kind, total, b, total + b * m, m, b * m)
 
 
 def _draw_steps(rng: random.Random) -> list[Step]:
-    steps = [_draw_step(rng, 2 + _below(rng, 98))]
-    for _ in range(1 + _below(rng, 4)):
+    steps = [_draw_step(rng, 2 + _below(rng, 58))]
+    for _ in range(1 + _below(rng, 3)):
         steps.append(_draw_step(rng, steps[-1].c))
     return steps
 
 
-def _say(rng: random.Random, *tables: list[list[str]]) -> str:
-    text = "".join([_pick(rng, _pick(rng, table)) for table in tables])
-    return text[:1].upper() + text[1:]
+def _say(rng: random.Random, table: list[list[str]]) -> str:
+    return _pick(rng, _pick(rng, table))
 
 
 def _word_question(rng: random.Random, steps: list[Step], name: str, objects: str) -> str:
@@ -223,17 +187,15 @@ def _word_question(rng: random.Random, steps: list[Step], name: str, objects: st
         table = QUESTION_STEP[step.kind]
         if step.kind == "*":
             table = table + QUESTION_TIMES.get(step.b, [])
-        sentences.append(_say(rng, QUESTION_LINK, table).format(n=name, o=objects, **step._asdict()))
+        sentences.append(_say(rng, table).format(n=name, o=objects, **step._asdict()))
     sentences.append(_say(rng, QUESTION_END).format(n=name, o=objects))
     return " ".join(sentences)
 
 
 def _word_solution(rng: random.Random, steps: list[Step], name: str, objects: str) -> str:
     sentences = [_say(rng, OPENER).format(n=name, o=objects, a=steps[0].a)]
-    for i, step in enumerate(steps):
-        link = LINK if i > 0 else [[""]]
-        text = _say(rng, link, BEFORE_SUM[step.kind], SUM[step.kind], AFTER_SUM)
-        sentences.append(text.format(n=name, o=objects, **step._asdict()))
+    for step in steps:
+        sentences.append(_say(rng, SOLUTION_STEP[step.kind]).format(n=name, o=objects, **step._asdict()))
     sentences.append(_say(rng, ENDING).format(n=name, o=objects, c=steps[-1].c))
     sentences.append(FINAL.format(c=steps[-1].c))
     return " ".join(filter(None, sentences))

@@ -32,10 +32,10 @@ class Config(MaskedDiffusionConfig):
     output_dir: str = "runs/word_problems"
     max_length: int | None = 256
     response_length: int | None = ANSWER_LENGTH
-    loss_weighting: str = "uniform"
-    max_steps: int = 8000
+    loss_weighting: str = "token"
+    block_length: int | None = 32
+    max_steps: int = 10_000
     per_device_train_batch_size: int = 768
-    per_device_eval_batch_size: int = 1000
     learning_rate: float = 2e-3
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 200
@@ -43,11 +43,12 @@ class Config(MaskedDiffusionConfig):
     adam_beta2: float = 0.98
     bf16: bool | None = torch.cuda.is_available()
     logging_steps: float = 100
-    eval_strategy: str = "steps"
-    eval_steps: float | None = 1000
+    pad_to_multiple_of: int | None = 32
+    torch_compile: bool = torch.cuda.is_available()
     save_strategy: str = "no"
     report_to: str = "none"
     dataloader_num_workers: int = 8
+    dataloader_drop_last: bool = True
 
 
 def generated_rows(split, seeds, count):
@@ -81,7 +82,7 @@ def main():
             n_heads=8,
             mlp_hidden_size=768,
             vocab_size=-(-len(tokenizer) // 8) * 8,
-            max_sequence_length=512,
+            max_sequence_length=2048,
             rope_theta=10000.0,
             mask_token_id=tokenizer.mask_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -100,7 +101,6 @@ def main():
             model=model,
             args=config,
             train_dataset=generated_dataset("train", arguments.num_train_problems, config.seed, shards, cache),
-            eval_dataset=generated_dataset("validation", arguments.num_validation_problems, config.seed, 1, cache),
             processing_class=tokenizer,
         )
         trainer.train()

@@ -8,15 +8,13 @@ import sys
 from itertools import chain
 from pathlib import Path
 
+import problems as generator
 import pytest
+from problems import extract_answer, generate_problems, is_correct, split_of, to_conversation
+from tokenizer import MAX_VOCABULARY, build_tokenizer
+from transformers import AutoTokenizer
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "word_problems"
-sys.path.insert(0, str(FOLDER))
-
-import problems as generator  # noqa: E402
-from problems import extract_answer, generate_problems, is_correct, split_of, to_conversation  # noqa: E402
-from tokenizer import MAX_VOCABULARY, build_tokenizer  # noqa: E402
-from transformers import AutoTokenizer  # noqa: E402
 
 SUM = re.compile(r"([0-9]+) ([-+*/]) ([0-9]+) = ([0-9]+)")
 NUMBER = re.compile("[0-9]+|doubles|triples")
@@ -43,9 +41,9 @@ def tokenizer():
 def test_held_out_problems_are_frozen():
     held_out = list(generate_problems("test", 50, generator.TEST_SEED))
     assert generator.NUM_TEST_PROBLEMS == 5000
-    assert held_out[0].answer == 54
+    assert held_out[0].answer == 20
     digest = hashlib.sha256(repr([tuple(problem) for problem in held_out]).encode()).hexdigest()
-    assert digest == "78c264181d2f1a88ced47a56d59cbf77d4c12045dae29c6284e91579c1ce99f7"
+    assert digest == "efec01b4baedb524debab3194999e17c61797bc0f48a67265c0ec2f25b4b49da"
 
 
 @pytest.mark.parametrize("split", generator.SPLITS)
@@ -90,7 +88,7 @@ def test_every_sum_is_true_and_asked_for(train):
         total = said[0]
         used = [total]
         in_boxes = None
-        for (a, sign, b, c), following in zip(sums, sums[1:] + [None], strict=True):
+        for (a, sign, b, c), following in zip(sums, [*sums[1:], None], strict=True):
             assert c == {"+": a + b, "-": a - b, "*": a * b, "/": b and a / b}[sign]
             assert 0 <= c <= 999
             signs.add(sign)
@@ -110,24 +108,22 @@ def test_every_sum_is_true_and_asked_for(train):
     assert signs == set("+-*/")
 
 
-@pytest.mark.parametrize("num_steps", [2, 3, 4, 5])
+@pytest.mark.parametrize("num_steps", [2, 3, 4])
 def test_one_content_is_worded_in_many_ways(num_steps):
     rng = random.Random(0)
     steps = next(steps for steps in iter(lambda: generator._draw_steps(rng), None) if len(steps) == num_steps)
     solutions = [generator._word_problem(rng, steps).solution for _ in range(500)]
     assert {tuple(SUM.findall(solution)) for solution in solutions} == {tuple(SUM.findall(solutions[0]))}
-    assert len(set(solutions)) > 490
-    # Around 30, but as few as 22 with five steps, where the limit on the length cuts off the longest wordings.
-    assert len({len(solution.split()) for solution in solutions}) >= 20
+    assert len(set(solutions)) > 250
     # The last sum stands in many places: how the tokens line up is not known before the words are.
+    assert len({len(solution.split()) for solution in solutions}) >= 20
     assert len({len(solution[: solution.rindex("=")].split()) for solution in solutions}) >= 20
 
 
 @pytest.mark.parametrize("sign", ["+", "-", "*", "/", "boxes"])
 def test_paraphrases_of_a_step_differ_in_length(sign):
-    lengths = [{len(text.split()) for text in row} for row in generator.BEFORE_SUM[sign]]
-    assert len(lengths) >= 5
-    assert len(set().union(*lengths)) >= 5
+    lengths = [len(text.split()) for row in generator.SOLUTION_STEP[sign] for text in row]
+    assert len(lengths) == len(set(lengths)) == 5
 
 
 @pytest.mark.parametrize(
@@ -193,8 +189,8 @@ def test_lengths(tokenizer, train):
     solutions = tokenizer([problem.solution for problem in train])["input_ids"]
     assert max(map(len, prompts)) <= 128
     assert max(map(len, solutions)) <= 127  # and one more for the end-of-text
-    assert 45 <= sum(map(len, prompts)) / len(prompts) <= 60
-    assert 75 <= sum(map(len, solutions)) / len(solutions) <= 95
+    assert 35 <= sum(map(len, prompts)) / len(prompts) <= 45
+    assert 60 <= sum(map(len, solutions)) / len(solutions) <= 75
 
 
 def test_longest_possible_prompt_fits():
@@ -203,9 +199,8 @@ def test_longest_possible_prompt_fits():
         return max(len(re.findall(generator.PIECE_PATTERN, text)) for text in texts)
 
     steps = [longest(table, 99 if kind in "+-" else 5) for kind, table in generator.QUESTION_STEP.items()]
-    step = longest(generator.QUESTION_LINK) + max(steps)
     chat = 3
-    assert longest(generator.QUESTION_START) + 5 * step + longest(generator.QUESTION_END) + chat <= 128
+    assert longest(generator.QUESTION_START) + 4 * max(steps) + longest(generator.QUESTION_END) + chat <= 128
 
 
 @pytest.mark.parametrize(

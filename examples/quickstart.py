@@ -1,0 +1,116 @@
+"""Solve word problems with a diffusion language model: one live, then a table of policies.
+
+python examples/quickstart.py                        # the model in the box, on the CPU in under two minutes
+python examples/quickstart.py --problems 5000        # the table of the README
+python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
+"""
+
+import argparse
+import platform
+import sys
+from datetime import date
+from itertools import islice
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, TextDiffusionStreamer
+
+sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
+from evaluation import evaluate
+from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
+
+CHECKPOINT = Path(__file__).parent / "word_problems" / "checkpoint"
+ANSWER_LENGTH = 128
+DECODINGS = [
+    {"unmasking": "confidence", "steps": ANSWER_LENGTH},
+    {"unmasking": "confidence", "steps": ANSWER_LENGTH // 4},
+    {"unmasking": "confidence_threshold", "threshold": 0.95},
+    {"unmasking": "confidence_threshold", "threshold": 0.9},
+    {"unmasking": "confidence_factor", "threshold": 1.0},
+    {"unmasking": "entropy_threshold", "threshold": 0.1},
+    {"unmasking": "entropy_bound", "threshold": 0.1},
+]
+
+
+class PlainStreamer(TextDiffusionStreamer):
+    """For output that is no terminal: a line for each pass, with a dot for each token still masked."""
+
+    def __init__(self, tokenizer, mask_token_id, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+        self.mask_token_id, self.decided = mask_token_id, ""
+
+    def put_draft(self, value, **kwargs):
+        words = ["." if i == self.mask_token_id else self.tokenizer.decode([i]) for i in value.tolist()]
+        print("  " + self.decided + "".join(words), flush=True)
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.decided += text
+
+
+def show_live(model, tokenizer, problem):
+    print(f"Question: {problem.question}\n\nAnswer, as the canvas fills in:")
+    mask = tokenizer.convert_ids_to_tokens(model.config.mask_token_id)
+    if sys.stdout.isatty():
+        streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True, sleep_time=0.1)
+    else:
+        streamer = PlainStreamer(tokenizer, model.config.mask_token_id, skip_prompt=True)
+    messages = [{"role": "user", "content": problem.question}]
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = model.generate(
+        **inputs.to(model.device), max_new_tokens=ANSWER_LENGTH, streamer=streamer, return_dict_in_generate=True
+    )
+    passes = output.num_forward_passes.item()
+    tokens = round(output.tokens_per_forward.item() * passes)
+    text = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    print(f"\n{text.replace(mask, '')}\n\n{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
+
+
+def table_row(result):
+    low, high = result.interval
+    name, setting = result.settings.values()
+    key = list(result.settings)[1]
+    return (
+        f"| `{name}`, {key} {setting:g} | {result.nfe:.1f} | {result.tpf:.2f} | {result.seconds:.1f} | "
+        f"{100 * result.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}) |"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(CHECKPOINT), help="Hub id or folder; default: the model in the box")
+    parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    arguments = parser.parse_args()
+    if not 1 <= arguments.problems <= NUM_TEST_PROBLEMS:
+        parser.error(f"--problems {arguments.problems}: it must be from 1 to {NUM_TEST_PROBLEMS}")
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=arguments.dtype)
+    model = model.to(arguments.device).eval()
+    problems = list(islice(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED), arguments.problems))
+
+    show_live(model, tokenizer, problems[0])
+
+    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(
+        f"\n{len(problems)} held-out problems, answers of up to {ANSWER_LENGTH} tokens, stopping at end-of-text, "
+        f"batch size {arguments.batch_size}\n{device}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {date.today()}\n"
+    )
+    print("| policy | NFE | TPF | seconds | accuracy % (95% interval) |\n| --- | --- | --- | --- | --- |", flush=True)
+    for settings in DECODINGS:
+        name = settings["unmasking"]
+        result = evaluate(model, tokenizer, problems, name, arguments.batch_size, **settings)
+        print(table_row(result), flush=True)
+    print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
+    if arguments.problems < NUM_TEST_PROBLEMS:
+        print(
+            f"The intervals are wide with {arguments.problems} problems; `--problems {NUM_TEST_PROBLEMS}` narrows them."
+        )
+
+
+if __name__ == "__main__":
+    main()

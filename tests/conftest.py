@@ -1,0 +1,30 @@
+"""Fixtures that several tests share."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from golden import FIXTURES
+
+
+@pytest.fixture(scope="session")
+def llada():
+    """The golden LLaDA in float32: vocabulary 320, [MASK] 319, end-of-text and padding 318."""
+    from dparallel.modeling import LLaDAModelLM
+
+    return LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny").eval()
+
+
+@pytest.fixture(scope="session")
+def llada_gqa():
+    from dparallel.modeling import LLaDAModelLM
+
+    return LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny_gqa").eval()
+
+
+@pytest.fixture
+def prompt():
+    return torch.randint(0, 317, (1, 9), generator=torch.Generator().manual_seed(0))

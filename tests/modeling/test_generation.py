@@ -1,0 +1,725 @@
+"""generate(): the published tokens and passes, and the contract with a transformers user."""
+
+import pytest
+import torch
+from golden import FIXTURES, load_cases
+from torch import nn
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, TextDiffusionStreamer, set_seed
+from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from dparallel.modeling import POLICIES, DiffusionGenerationConfig, DiffusionGenerationMixin, LLaDAModelLM
+
+MASK, EOS = 319, 318
+FAMILIES = {
+    "fixed": "confidence",
+    "entropy": "entropy_threshold",
+    "confidence": "confidence_threshold",
+    "factor": "confidence_factor",
+}
+MODELS = ("llada_tiny", "llada_tiny_gqa")
+CASES = [
+    pytest.param(name, case, id=f"{name}-{case['id']}")
+    for name in MODELS
+    for case in load_cases(f"generate_{name}")[0]
+    if case["family"] in FAMILIES and case["robust_to_3e4_logit_noise"]
+]
+
+
+def golden(name, case):
+    _, tensors = load_cases(f"generate_{name}")
+    return tensors[f"{case['id']}.ids"].view(1, -1), tensors[f"{case['id']}.fill_step"]
+
+
+def settings_of(case):
+    settings = {"unmasking": FAMILIES[case["family"]], "block_length": case["block_length"]}
+    if case["family"] == "fixed":
+        return settings | {"steps": case["steps"]}
+    return settings | {"threshold": case["factor"] if case["family"] == "factor" else case["threshold"]}
+
+
+@pytest.fixture
+def models(llada, llada_gqa):
+    return {"llada_tiny": llada, "llada_tiny_gqa": llada_gqa}
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_published_tokens_and_passes(models, name, case):
+    ids, fill_step = golden(name, case)
+    output = models[name].generate(
+        ids[:, : case["prompt_length"]],
+        max_new_tokens=case["gen_length"],
+        stop_at_eos=False,
+        return_dict_in_generate=True,
+        **settings_of(case),
+    )
+    assert torch.equal(output.sequences, ids)
+    assert output.num_forward_passes.tolist() == [case["nfe"]]
+    assert torch.equal(output.unmasking_step[0], fill_step)
+    assert ((output.unmasking_confidence > 0) & (output.unmasking_confidence <= 1)).all()
+
+
+def end_of_text(answer, fill_step, eos, block_length):
+    """What the golden trajectory implies: the pass after which an end-of-text stands with everything before it written,
+    and the length of the answer. An end-of-text counts once its block is worked on, which is always."""
+    for nfe in range(1, int(fill_step.max()) + 2):
+        written = fill_step < nfe
+        prefix = int(written.int().cumprod(dim=0).sum())
+        hits = [i for i in range(prefix) if int(answer[i]) in eos]
+        if hits:
+            return nfe, hits[0] + 1
+    return int(fill_step.max()) + 1, len(answer)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES[::3])
+def test_stop_at_eos_is_what_the_fill_steps_imply(models, name, case):
+    """Any token of the golden answer may play the end-of-text: in a block's middle, at its end, at the last position."""
+    ids, fill_step = golden(name, case)
+    length, prompt_length = case["gen_length"], case["prompt_length"]
+    answer = ids[0, prompt_length:]
+    unused = next(token for token in range(317) if token not in answer.tolist())
+    choices = [[answer[i].item()] for i in (0, 7, case["block_length"] - 1, length - 1)]
+    choices += [[unused], [answer[40].item(), answer[20].item()], [unused, answer[33].item()]]
+    for eos in choices:
+        for pad in (EOS, eos[0]):
+            output = models[name].generate(
+                ids[:, :prompt_length],
+                max_new_tokens=length,
+                eos_token_id=eos if len(eos) > 1 else eos[0],
+                pad_token_id=pad,
+                return_dict_in_generate=True,
+                **settings_of(case),
+            )
+            nfe, end = end_of_text(answer, fill_step, eos, case["block_length"])
+            assert output.num_forward_passes.tolist() == [nfe]
+            assert output.sequences[0, prompt_length : prompt_length + end].tolist() == answer[:end].tolist()
+            assert (output.sequences[0, prompt_length + end :] == pad).all()
+            assert output.tokens_per_forward.item() == pytest.approx(end / nfe)
+            expected = torch.where(fill_step < nfe, fill_step, -1)
+            assert torch.equal(output.unmasking_step[0], expected)
+
+
+def padded_batch(rows):
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[EOS] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+POLICY_SETTINGS = [
+    {"unmasking": "confidence_threshold", "threshold": 0.5},
+    {"unmasking": "confidence_factor", "threshold": 1.0},
+    {"unmasking": "entropy_threshold", "threshold": 0.8},
+    {"unmasking": "entropy_bound", "threshold": 0.8},
+    {"unmasking": "confidence", "steps": 9},
+    {"unmasking": "entropy", "steps": 9, "schedule": "linear_time"},
+    {"unmasking": "margin", "steps": 9},
+    {"unmasking": "confidence_threshold", "threshold": 0.5, "eos_threshold": 0.1},
+]
+
+
+@pytest.mark.parametrize("settings", POLICY_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
+def test_batch_equals_single(llada, settings):
+    """200 prompts of mixed lengths: each row has the tokens and passes it has alone, whatever its neighbours do."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 40, (200,), generator=generator).tolist()
+    rows = [torch.randint(0, 317, (length,), generator=generator).tolist() for length in lengths]
+    # Two frequent tokens of these answers stand for end-of-text, so that rows end at different times.
+    settings = settings | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": [75, 110]}
+    singles = [llada.generate(torch.tensor([row]), return_dict_in_generate=True, **settings) for row in rows]
+    ends = set()
+    for first in range(0, 200, 40):
+        ids, mask = padded_batch(rows[first : first + 40])
+        batch = llada.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+        for i, single in enumerate(singles[first : first + 40]):
+            assert batch.sequences[i, ids.shape[1] :].tolist() == single.sequences[0, -20:].tolist()
+            assert batch.num_forward_passes[i] == single.num_forward_passes[0]
+            assert batch.unmasking_step[i].tolist() == single.unmasking_step[0].tolist()
+            torch.testing.assert_close(
+                batch.unmasking_confidence[i], single.unmasking_confidence[0], atol=1e-4, rtol=0
+            )
+            torch.testing.assert_close(batch.tokens_per_forward[i], single.tokens_per_forward[0])
+            ends.add(single.num_forward_passes.item())
+    assert len(ends) > 1
+
+
+class ShiftedConfig(PreTrainedConfig):
+    model_type = "shifted"
+    vocab_size: int = 40
+    hidden_size: int = 16
+    num_hidden_layers: int = 1
+    mask_token_id: int = 39
+    eos_token_id: int = 38
+    pad_token_id: int = 38
+
+
+class ShiftedModel(DiffusionGenerationMixin, PreTrainedModel):
+    """A made-up family that meets the interface and nothing more: its logits at position i - 1 predict token i. Each
+    position sees the mean of what its mask shows, and itself."""
+
+    config_class = ShiftedConfig
+    generation_config_class = DiffusionGenerationConfig
+    logits_shift = 1
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.place = nn.Embedding(200, config.hidden_size)
+        self.head = nn.Linear(2 * config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None, position_ids=None, logits_to_keep=0, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None]
+        x = self.embed(input_ids) * (1 + self.place(position_ids))
+        weights = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mean = (x * weights[..., None]).sum(dim=1, keepdim=True) / weights.sum(dim=1)[:, None, None]
+        x = torch.cat((x, mean.expand_as(x)), dim=-1)
+        if isinstance(logits_to_keep, int):
+            x = x[:, -logits_to_keep:]
+        else:
+            x = x[:, logits_to_keep] if logits_to_keep.ndim == 1 else x.take_along_dim(logits_to_keep[..., None], 1)
+        return CausalLMOutputWithPast(logits=self.head(x))
+
+
+@pytest.fixture(scope="module")
+def shifted():
+    torch.manual_seed(0)
+    model = ShiftedModel(ShiftedConfig())
+    for parameter in model.parameters():
+        nn.init.normal_(parameter)
+    return model.eval()
+
+
+def slow_decode(model, prompt, length, block_length, threshold):
+    """Entropy-threshold decoding of one prompt, position by position, with logits of the whole canvas."""
+    mask, shift = model.config.mask_token_id, model.logits_shift
+    canvas, nfe, start = prompt + [mask] * length, 0, len(prompt)
+    for first in range(start, start + length, block_length):
+        block = range(first, min(first + block_length, start + length))
+        while any(canvas[i] == mask for i in block):
+            logits = model(torch.tensor([canvas])).logits[0].double()
+            nfe += 1
+            found = {}
+            for i in (i for i in block if canvas[i] == mask):
+                probs = logits[i - shift].softmax(dim=0)
+                entropy = -(probs * (probs + 1e-30).log()).sum().item()
+                probs[mask] = -1
+                found[i] = (entropy, probs.argmax().item())
+            best = min(found, key=lambda i: found[i][0])
+            for i, (entropy, token) in found.items():
+                if i == best or entropy <= threshold:
+                    canvas[i] = token
+    return canvas[start:], nfe
+
+
+@pytest.mark.parametrize("family", ["llada", "shifted"])
+def test_any_family_equals_the_slow_loop(family, request):
+    model = request.getfixturevalue(family)
+    high = model.config.mask_token_id - 2
+    for seed in range(5):
+        prompt = torch.randint(0, high, (seed + 1,), generator=torch.Generator().manual_seed(seed)).tolist()
+        expected, nfe = slow_decode(model, prompt, length=13, block_length=5, threshold=1.0)
+        output = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=13,
+            block_length=5,
+            unmasking="entropy_threshold",
+            threshold=1.0,
+            stop_at_eos=False,
+            return_dict_in_generate=True,
+        )
+        assert output.sequences[0, len(prompt) :].tolist() == expected
+        assert output.num_forward_passes.item() == nfe
+
+
+def test_shifted_family_in_a_padded_batch(shifted):
+    rows = [[5], [7, 8, 9], [1, 2, 3, 4, 5, 6]]
+    width = 6
+    ids = torch.tensor([[38] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    batch = shifted.generate(ids, attention_mask=mask, max_new_tokens=11, block_length=4, stop_at_eos=False)
+    for i, row in enumerate(rows):
+        single = shifted.generate(torch.tensor([row]), max_new_tokens=11, block_length=4, stop_at_eos=False)
+        assert batch[i, width:].tolist() == single[0, len(row) :].tolist()
+
+
+def test_only_the_block_goes_through_the_head(llada, prompt):
+    shapes = []
+    hook = llada.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    try:
+        llada.generate(prompt, max_new_tokens=20, block_length=8, unmasking="confidence", steps=5, stop_at_eos=False)
+    finally:
+        hook.remove()
+    assert shapes == [(1, 8, 320)] * 4 + [(1, 4, 320)]  # 5 steps over 3 blocks: 2, 2, 1
+
+
+def test_one_look_at_the_device_per_pass(llada, prompt, monkeypatch):
+    """The loop reads from the device once a pass. On a CPU every read is a `tolist`, `item` or `bool` of a tensor."""
+    reads, passes = [], []
+    hook = llada.register_forward_hook(lambda *args: passes.append(len(reads)))
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
+        original = getattr(torch.Tensor, name)
+
+        def counted(self, *args, name=name, original=original):
+            reads.append(name)
+            return original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, counted)
+    try:
+        llada.generate(prompt, max_new_tokens=24, block_length=12, unmasking="confidence", steps=12)
+    finally:
+        hook.remove()
+    between = [b - a for a, b in zip(passes, passes[1:], strict=False)]
+    assert len(between) == 11 and set(between) == {1}
+
+
+def test_model_whose_best_token_is_mask_terminates(prompt):
+    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny")
+    head = model.get_output_embeddings()
+    head.weight.data[MASK] = 0
+    head.weight.data *= 0.01
+    model.model.transformer.ln_f.register_forward_hook(lambda module, args, out: out + 1)
+    head.weight.data[MASK] = 1  # a logit of about 64 where the others are near 0
+    for unmasking in POLICIES:
+        output = model.generate(
+            prompt, max_new_tokens=10, block_length=4, unmasking=unmasking, return_dict_in_generate=True
+        )
+        assert (output.sequences != MASK).all()
+        assert 1 <= output.num_forward_passes.item() <= 10
+
+
+# --- early end-of-text ----------------------------------------------------------------------------------------------
+
+
+def slow_predicted_end(model, prompt, length, block_length, threshold, eos, eos_threshold):
+    """Confidence-threshold decoding with End-of-Text Prediction, the canvas really cut off behind the end."""
+    mask, start = model.config.mask_token_id, len(prompt)
+    canvas, nfe = prompt + [mask] * length, 0
+    for first in range(start, start + length, block_length):
+        while any(token == mask for token in canvas[first : first + block_length]):
+            block = range(first, min(first + block_length, len(canvas)))
+            probs = model(torch.tensor([canvas])).logits[0].softmax(dim=-1)
+            nfe += 1
+            probs[:, mask] = -1
+            best = {i: probs[i].max(dim=0) for i in block if canvas[i] == mask}
+            top = max(best, key=lambda i: best[i].values)
+            accepted = {i for i in best if best[i].values >= threshold} | {top}
+            ends = [i for i in best if best[i].indices in eos and (i in accepted or best[i].values >= eos_threshold)]
+            for i in accepted | set(ends[:1]):
+                canvas[i] = best[i].indices.item()
+            if ends:
+                canvas = canvas[: ends[0] + 1]
+        if canvas[-1] in eos and len(canvas) <= first + block_length:
+            break
+    return canvas[start:], nfe
+
+
+def test_predicted_end_equals_the_slow_version(llada):
+    generator = torch.Generator().manual_seed(5)
+    eos, lengths = [75, 110], []
+    for _ in range(12):
+        prompt = torch.randint(0, 317, (9,), generator=generator)
+        expected, nfe = slow_predicted_end(llada, prompt.tolist(), 24, 8, 0.6, eos, 0.2)
+        output = llada.generate(
+            prompt[None],
+            max_new_tokens=24,
+            block_length=8,
+            threshold=0.6,
+            eos_token_id=eos,
+            pad_token_id=EOS,
+            eos_threshold=0.2,
+            return_dict_in_generate=True,
+        )
+        assert output.sequences[0, 9:].tolist() == expected + [EOS] * (24 - len(expected))
+        assert output.num_forward_passes.item() == nfe
+        lengths.append(len(expected))
+    assert min(lengths) < 24 and len(set(lengths)) > 2
+
+
+# --- what a transformers user expects --------------------------------------------------------------------------------
+
+
+def test_tensor_or_output(llada, prompt):
+    ids = llada.generate(prompt, max_new_tokens=8)
+    output = llada.generate(prompt, max_new_tokens=8, return_dict_in_generate=True)
+    assert torch.equal(ids, output.sequences) and torch.equal(ids[:, :9], prompt)
+    assert torch.equal(llada.generate(input_ids=prompt, max_length=17), ids)
+    assert list(output) == [
+        "sequences", "num_forward_passes", "tokens_per_forward", "unmasking_step", "unmasking_confidence",
+    ]  # fmt: skip
+
+
+def test_sampling_is_seeded_and_warped(llada, prompt):
+    settings = {"max_new_tokens": 24, "do_sample": True, "stop_at_eos": False, "unmasking": "random"}
+    set_seed(1)
+    first = llada.generate(prompt, **settings)
+    set_seed(1)
+    assert torch.equal(llada.generate(prompt, **settings), first)
+    set_seed(2)
+    assert not torch.equal(llada.generate(prompt, **settings), first)
+    by_generator = [llada.generate(prompt, generator=torch.Generator().manual_seed(7), **settings) for _ in range(2)]
+    assert torch.equal(*by_generator)
+    greedy = {"max_new_tokens": 24, "stop_at_eos": False, "unmasking": "confidence"}
+    for warp in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):
+        sampled = llada.generate(prompt, do_sample=True, **greedy, **warp)
+        assert torch.equal(sampled, llada.generate(prompt, **greedy))
+
+
+def test_num_return_sequences(llada, prompt):
+    ids, mask = padded_batch([prompt[0].tolist(), [1, 2]])
+    output = llada.generate(
+        ids, attention_mask=mask, num_return_sequences=3, do_sample=True, max_new_tokens=8, stop_at_eos=False
+    )
+    assert output.shape == (6, 17)
+    assert torch.equal(output[:, :9], ids.repeat_interleave(3, dim=0))
+    assert len({tuple(row) for row in output[:3, 9:].tolist()}) == 3
+    with pytest.raises(ValueError, match="num_return_sequences"):
+        llada.generate(prompt, num_return_sequences=3)
+
+
+def test_logits_processors_see_what_autoregressive_ones_see(llada, prompt):
+    calls = []
+
+    class Ban(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            calls.append((tuple(input_ids.shape), tuple(scores.shape)))
+            scores = scores.clone()
+            scores[:, banned] = -torch.inf
+            return scores
+
+    settings = {"max_new_tokens": 12, "block_length": 4, "unmasking": "confidence", "steps": 3, "stop_at_eos": False}
+    plain = llada.generate(prompt, **settings)
+    banned = plain[0, 9:].unique()
+    output = llada.generate(prompt, logits_processor=[Ban()], **settings)
+    assert not torch.isin(output[:, 9:], banned).any()
+    assert calls == [((1, 9 + i), (1, 320)) for i in range(12)]
+    calls.clear()
+    bad_words = [[token] for token in banned.tolist()]
+    assert torch.equal(llada.generate(prompt, bad_words_ids=bad_words, **settings), output)
+    assert torch.equal(llada.generate(prompt, suppress_tokens=banned.tolist(), **settings), output)
+
+
+def test_min_new_tokens_holds_off_the_end(llada, prompt):
+    settings = {"max_new_tokens": 12, "block_length": 4, "unmasking": "confidence"}
+    eos = llada.generate(prompt, stop_at_eos=False, **settings)[0, 9].item()
+    output = llada.generate(prompt, eos_token_id=eos, pad_token_id=EOS, min_new_tokens=6, **settings)
+    assert eos not in output[0, 9:15].tolist()
+
+
+class Tokenizer:
+    """Enough of a tokenizer for stop strings and streamers: token i is the i-th two-letter word, and a space."""
+
+    def __init__(self):
+        self.words = [chr(97 + i // 26) + chr(97 + i % 26) + " " for i in range(320)]
+
+    def get_vocab(self):
+        return {word: i for i, word in enumerate(self.words)}
+
+    def convert_tokens_to_string(self, tokens):
+        return "".join(tokens)
+
+    def convert_ids_to_tokens(self, ids):
+        return [self.words[i] for i in ids]
+
+    def __len__(self):
+        return 320
+
+    def decode(self, ids, **kwargs):
+        return "".join(self.words[int(i)] for i in ids)
+
+
+def test_stop_strings_cut_inside_a_block(llada, prompt, monkeypatch):
+    settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence"}
+    full = llada.generate(prompt, stop_at_eos=False, **settings)[0, 9:].tolist()
+    tokenizer = Tokenizer()
+    place = next(i for i in range(9, 15) if full.index(full[i]) == i)
+    monkeypatch.setattr(
+        "transformers.generation.stopping_criteria.StopStringCriteria.clean_tokenizer_vocab",
+        lambda self, tokenizer: (tuple(tokenizer.words), tuple(range(320))),
+    )
+    output = llada.generate(
+        prompt,
+        stop_strings=[tokenizer.words[full[place]]],
+        tokenizer=tokenizer,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    assert output.sequences[0, 9:].tolist() == full[: place + 1] + [EOS] * (23 - place)
+    assert output.num_forward_passes.item() == 16
+    assert output.tokens_per_forward.item() == pytest.approx((place + 1) / 16)
+    with pytest.raises(ValueError, match="tokenizer"):
+        llada.generate(prompt, stop_strings=["ab"], **settings)
+
+
+class StopAt(StoppingCriteria):
+    """Stops rows at given lengths, and notes what it was shown."""
+
+    def __init__(self, lengths):
+        self.lengths, self.shown = torch.tensor(lengths), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.shown.append(input_ids.clone())
+        return input_ids.shape[1] == self.lengths
+
+
+def test_stopping_criteria_cut_each_row_where_it_says(llada, prompt):
+    ids = torch.cat((prompt, prompt.flip(1), prompt.roll(3, 1)))
+    settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence", "return_dict_in_generate": True}
+    full = llada.generate(ids, stop_at_eos=False, **settings)
+    criterion = StopAt([9 + 3, 9 + 12, 500])
+    output = llada.generate(ids, stopping_criteria=[criterion], stop_at_eos=False, **settings)
+    for row, end in enumerate((3, 12, 24)):
+        assert output.sequences[row, : 9 + end].tolist() == full.sequences[row, : 9 + end].tolist()
+        assert (output.sequences[row, 9 + end :] == EOS).all()
+    assert output.num_forward_passes.tolist() == [8, 16, 24]
+    assert [shown.shape[1] for shown in criterion.shown] == list(range(10, 34))
+    assert all((shown[2] != MASK).all() for shown in criterion.shown)
+
+
+def test_max_time_ends_after_a_pass(llada, prompt):
+    output = llada.generate(
+        prompt,
+        max_time=0.0,
+        max_new_tokens=24,
+        unmasking="confidence",
+        stop_at_eos=False,
+        return_dict_in_generate=True,
+    )
+    assert output.num_forward_passes.item() == 1
+    assert (output.sequences != MASK).all() and (output.unmasking_step >= 0).sum() == 1
+
+
+class Recorder(TextDiffusionStreamer):
+    def __init__(self):
+        super().__init__(Tokenizer())
+        self.prompt, self.text, self.drafts, self.ended = None, [], [], False
+
+    def put(self, value):
+        if self.prompt is None:
+            self.prompt = value
+        else:
+            self.text.append(value.tolist())
+
+    def put_draft(self, value, **kwargs):
+        self.drafts.append(value.tolist())
+
+    def end(self):
+        self.ended = True
+
+
+@pytest.mark.parametrize("criteria", [None, [StopAt([9 + 13])]])
+def test_streamer_sees_the_text_grow(llada, prompt, criteria):
+    streamer = Recorder()
+    settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence"}
+    eos = llada.generate(prompt, stop_at_eos=False, **settings)[0, 9 + 18].item()
+    output = llada.generate(prompt, streamer=streamer, stopping_criteria=criteria, eos_token_id=eos, **settings)
+    assert torch.equal(streamer.prompt, prompt) and streamer.ended
+    text = sum(streamer.text, [])
+    assert text == output[0, 9 : 9 + len(text)].tolist()
+    assert MASK not in text
+    first_eos = output[0, 9:].tolist().index(eos) + 1 if eos in output[0, 9:].tolist() else 24
+    assert len(text) == (min(13, first_eos) if criteria else first_eos)
+    assert len(streamer.text) > 1
+    assert all(len(draft) <= 8 and MASK in draft for draft in streamer.drafts) and len(streamer.drafts) > 5
+
+
+def test_streamer_needs_a_single_row(llada, prompt):
+    with pytest.raises(ValueError, match="`streamer` needs a batch of 1"):
+        llada.generate(prompt.repeat(2, 1), streamer=Recorder())
+
+
+# --- configuration ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shipped(llada, monkeypatch):
+    """A checkpoint that ships a policy with its threshold."""
+    config = DiffusionGenerationConfig(
+        unmasking="entropy_threshold", threshold=2.0, max_new_tokens=12, block_length=6, eos_token_id=EOS
+    )
+    monkeypatch.setattr(llada, "generation_config", config)
+    return llada
+
+
+def prepared(model, *args, **kwargs):
+    return model._prepare_generation_config(*args, **kwargs)[0]
+
+
+def test_precedence_of_settings(shipped):
+    assert (prepared(shipped).unmasking, prepared(shipped).threshold) == ("entropy_threshold", 2.0)
+    assert prepared(shipped, threshold=0.3).threshold == 0.3
+    # Another policy does not inherit the number, in whichever way it is named.
+    for config in (
+        prepared(shipped, unmasking="confidence_threshold"),
+        prepared(shipped, DiffusionGenerationConfig(unmasking="confidence_threshold")),
+        prepared(shipped, shipped.generation_config, unmasking="confidence_threshold"),
+    ):
+        assert (config.unmasking, config.threshold, config.block_length) == ("confidence_threshold", None, 6)
+    assert prepared(shipped, unmasking="entropy_threshold").threshold == 2.0
+    assert prepared(shipped, DiffusionGenerationConfig(threshold=0.4)).threshold == 0.4
+    assert prepared(shipped, GenerationConfig(max_new_tokens=3)).block_length == 6
+    assert prepared(shipped, max_length=40).max_new_tokens is None
+    assert (prepared(shipped).schedule, prepared(shipped).stop_at_eos, prepared(shipped).mask_token_id) == (
+        "even",
+        True,
+        MASK,
+    )
+
+
+def test_defaults_of_a_policy_are_used(shipped, prompt):
+    by_name = shipped.generate(prompt, unmasking="confidence_threshold", return_dict_in_generate=True)
+    explicit = shipped.generate(prompt, unmasking="confidence_threshold", threshold=0.9, return_dict_in_generate=True)
+    assert torch.equal(by_name.unmasking_step, explicit.unmasking_step)
+    shipped_way = shipped.generate(prompt, return_dict_in_generate=True)
+    assert shipped_way.num_forward_passes < by_name.num_forward_passes
+
+
+def test_generation_config_round_trip(shipped, tmp_path):
+    shipped.generation_config.save_pretrained(tmp_path)
+    text = (tmp_path / "generation_config.json").read_text()
+    assert '"threshold": 2.0' in text and "null" not in text
+    assert DiffusionGenerationConfig.from_pretrained(tmp_path).to_dict() == shipped.generation_config.to_dict()
+    # transformers marks files with a flag that makes a plain GenerationConfig forget our fields.
+    (tmp_path / "generation_config.json").write_text(text.replace("{", '{"_from_model_config": true,', 1))
+    shipped.save_pretrained(tmp_path / "model")
+    (tmp_path / "generation_config.json").rename(tmp_path / "model" / "generation_config.json")
+    loaded = LLaDAModelLM.from_pretrained(tmp_path / "model")
+    assert isinstance(loaded.generation_config, DiffusionGenerationConfig)
+    assert (loaded.generation_config.unmasking, loaded.generation_config.threshold) == ("entropy_threshold", 2.0)
+
+
+def test_ignored_numbers_are_mentioned(llada, prompt, caplog):
+    import logging
+
+    logger = logging.getLogger("transformers")
+    logger.propagate = True
+    settings = {"max_new_tokens": 4, "unmasking": "confidence_threshold"}
+    with caplog.at_level(logging.WARNING):
+        llada.generate(prompt, steps=4, **settings)
+    mentions = [record for record in caplog.records if "`steps` is ignored" in record.getMessage()]
+    for logger in (logging.getLogger("dparallel.modeling.generation_diffusion"),):
+        assert logger is not None
+    assert len(mentions) == 1
+
+
+# --- edges -----------------------------------------------------------------------------------------------------------
+
+
+def test_edges(llada, prompt):
+    empty = llada.generate(torch.empty(0, 5, dtype=torch.long), max_new_tokens=8, return_dict_in_generate=True)
+    assert empty.sequences.shape == (0, 13) and empty.num_forward_passes.shape == (0,)
+    no_prompt = llada.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=8)
+    assert no_prompt.shape == (1, 8)
+    assert llada.generate(torch.tensor([[5]]), max_new_tokens=1).shape == (1, 2)
+    # A row of padding alone is an empty prompt.
+    ids = torch.cat((torch.full((1, 9), EOS), prompt))
+    mask = torch.tensor([[0] * 9, [1] * 9])
+    output = llada.generate(ids, attention_mask=mask, max_new_tokens=8)
+    assert output[0, 9:].tolist() == no_prompt[0].tolist()
+    assert output[1].tolist() == llada.generate(prompt, max_new_tokens=8)[0].tolist()
+    # The longest prompt leaves room for one token.
+    longest = torch.randint(0, 317, (1, 511), generator=torch.Generator().manual_seed(0))
+    assert llada.generate(longest).shape == (1, 512)
+    with pytest.raises(ValueError, match="at most `config.max_position_embeddings=512`"):
+        llada.generate(longest, max_new_tokens=2)
+
+
+def test_mask_of_ones_changes_nothing(llada, prompt):
+    plain = llada.generate(prompt, max_new_tokens=8)
+    for dtype in (torch.long, torch.bool, torch.float32):
+        assert torch.equal(
+            llada.generate(prompt, attention_mask=torch.ones(1, 9, dtype=dtype), max_new_tokens=8), plain
+        )
+
+
+BAD = {
+    "block_length": (0, -4, 2.5, True, "32"),
+    "unmasking": ("greedy", "learned_filter", 3),
+    "threshold": (-0.1, 1.5, "high", float("nan")),
+    "steps": (0, 1.5),
+    "schedule": ("cosine",),
+    "block_cache": ("dual", "yes"),
+    "stop_at_eos": ("yes",),
+    "eos_threshold": (-0.5, 1.5),
+    "mask_token_id": (-1, 320, "x"),
+    "max_new_tokens": (0, -3, 1.5),
+    "max_length": (9, 3),
+    "temperature": (-1.0, "hot"),
+    "top_p": (1.5, -0.1),
+    "top_k": (-1, 0.5),
+    "max_time": (-1.0,),
+    "eos_token_id": (320, MASK, [1, 400], "eos"),
+    "pad_token_id": (400, MASK),
+    "num_beams": (4,),
+    "output_scores": (True,),
+    "output_logits": (True,),
+    "output_attentions": (True,),
+    "penalty_alpha": (0.5,),
+    "guidance_scale": (3.0,),
+    "prompt_lookup_num_tokens": (3,),
+    "cache_implementation": ("static",),
+    "assistant_model": ("model",),
+    "inputs_embeds": (torch.zeros(1, 9, 64),),
+    "position_ids": (torch.zeros(1, 9, dtype=torch.long),),
+    "past_key_values": ((),),
+    "prefix_allowed_tokens_fn": (len,),
+    "tempereture": (0.5,),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=str
+)
+def test_bad_arguments_are_named_before_any_computation(llada, prompt, name, value, monkeypatch):
+    monkeypatch.setattr(type(llada), "forward", lambda *args, **kwargs: pytest.fail("computed"))
+    with pytest.raises((ValueError, TypeError), match=name):
+        llada.generate(
+            prompt,
+            **{"max_new_tokens": 8, "max_length": None, name: value}
+            | ({"max_new_tokens": None} if name == "max_length" else {}),
+        )
+
+
+def bad_inputs():
+    ids = torch.arange(6).view(2, 3)
+    return {
+        "no inputs": ({}, "Exactly one of"),
+        "both": ({"inputs": ids, "input_ids": ids}, "Exactly one of"),
+        "list": ({"inputs": [[1, 2]]}, "integer tensor of shape"),
+        "one dimension": ({"inputs": ids[0]}, "integer tensor of shape"),
+        "floats": ({"inputs": ids.float()}, "integer tensor of shape"),
+        "too high": ({"inputs": ids + 318}, "from 0 to 319"),
+        "negative": ({"inputs": ids - 1}, "from 0 to 319"),
+        "mask in the prompt": ({"inputs": torch.tensor([[1, MASK]])}, r"must not contain \[MASK\]"),
+        "mask of another shape": (
+            {"inputs": ids, "attention_mask": torch.ones(2, 4)},
+            r"shape of `input_ids`, \(2, 3\)",
+        ),
+        "mask of 4 dimensions": ({"inputs": ids, "attention_mask": torch.ones(2, 1, 3, 3)}, "shape of `input_ids`"),
+        "mask as a list": ({"inputs": ids, "attention_mask": [[1]]}, "shape of `input_ids`"),
+        "mask of other values": ({"inputs": ids, "attention_mask": 2 * torch.ones(2, 3)}, "other values than 0"),
+        "right padding": ({"inputs": ids, "attention_mask": torch.tensor([[1, 1, 0]] * 2)}, "padded on the left"),
+        "hole": ({"inputs": ids, "attention_mask": torch.tensor([[1, 0, 1]] * 2)}, "padded on the left"),
+        "sampling at 0": ({"inputs": ids, "do_sample": True, "temperature": 0.0}, "temperature"),
+        "end without stop": ({"inputs": ids, "eos_threshold": 0.5, "stop_at_eos": False}, "needs `stop_at_eos=True`"),
+        "end without eos": ({"inputs": ids, "eos_threshold": 0.5, "eos_token_id": None}, "eos_threshold"),
+        "entropy below 0": ({"inputs": ids, "unmasking": "entropy_threshold", "threshold": -1}, "threshold"),
+        "factor of 0": ({"inputs": ids, "unmasking": "confidence_factor", "threshold": 0}, "above 0"),
+        "no padding": ({"inputs": ids, "eos_token_id": None, "pad_token_id": None, "max_time": 9.0}, "pad_token_id"),
+    }
+
+
+@pytest.mark.parametrize("name", bad_inputs())
+def test_bad_inputs(llada, name, monkeypatch):
+    monkeypatch.setattr(type(llada), "forward", lambda *args, **kwargs: pytest.fail("computed"))
+    arguments, message = bad_inputs()[name]
+    with pytest.raises(ValueError, match=message):
+        llada.generate(**arguments)
+
+
+def test_shifted_family_needs_a_token_to_predict_from(shifted):
+    with pytest.raises(ValueError, match="row without a token"):
+        shifted.generate(torch.empty(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="row without a token"):
+        shifted.generate(torch.tensor([[38], [5]]), attention_mask=torch.tensor([[0], [1]]))

@@ -107,9 +107,7 @@ def main():
         print(table_row(result), flush=True)
     print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
     if arguments.problems < NUM_TEST_PROBLEMS:
-        print(
-            f"The intervals are wide with {arguments.problems} problems; `--problems {NUM_TEST_PROBLEMS}` narrows them."
-        )
+        print(f"{arguments.problems} problems leave wide intervals; `--problems {NUM_TEST_PROBLEMS}` narrows them.")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,9 @@ class LLaDAConfig(PreTrainedConfig):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs):
+        for alias, name in self.attribute_map.items():
+            if alias in kwargs:
+                setattr(self, name, kwargs.pop(alias))
         for key, value in FIXED_VALUES.items():
             given = kwargs.pop(key, value)
             # The official files write an unset switch as null as well as false.

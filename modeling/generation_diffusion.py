@@ -245,10 +245,9 @@ class Canvas:
         self.finish(torch.where(ends.any(dim=1), first, self.length + 1))
 
     def finish(self, end):
-        """End each row at length `end` (B,), or not at all where that is beyond the canvas."""
-        newly = (end <= self.length) & ~self.finished
-        self.end = torch.where(newly, end, self.end)
-        self.finished |= newly
+        """End each row at length `end` (B,), or not at all where that is beyond the canvas. The earliest counts."""
+        self.end = torch.minimum(self.end, end)
+        self.finished |= end <= self.length
         self.undecided &= ~self.finished[:, None]
 
     def look(self, block):
@@ -580,7 +579,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         end = canvas.end.new_full(canvas.end.shape, canvas.length + 1)
         for length in range(block.start + 1, block.stop + 1):
             stops = criteria(canvas.ids[:, : canvas.prompt_length + length], None).to(end.device)
-            end = torch.where(stops & (end > length), length, end)
+            end = torch.where(stops & (end > length) & (canvas.end >= length), length, end)
         canvas.finish(end)
 
     def _stream(self, canvas, streamer, streamed, decided):

@@ -7,7 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
-from golden import FIXTURES
+from golden import CHECKPOINT, FIXTURES
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,18 @@ def llada_gqa():
 @pytest.fixture
 def prompt():
     return torch.randint(0, 317, (1, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="session")
+def word_model():
+    """The model in the box."""
+    from dparallel.modeling import LLaDAModelLM
+
+    return LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(CHECKPOINT)

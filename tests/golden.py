@@ -6,6 +6,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
+CHECKPOINT = Path(__file__).parents[1] / "examples" / "word_problems" / "checkpoint"
 
 
 def load_cases(name):

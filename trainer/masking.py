@@ -69,8 +69,8 @@ def random_masks(response, *, seed, epoch, example_id) -> Masks:
 
 
 def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
-    """What block-wise decoding sees: a block of the response is drawn uniformly, its tokens are hidden with probability
-    t ~ U(0, 1) and scored, everything before it is shown, and everything behind it is hidden without being scored.
+    """What block-wise decoding sees: a block of the response is drawn uniformly, its tokens are hidden with
+    probability t ~ U(0, 1) and scored, everything before it is shown, and everything behind it is hidden, unscored.
 
     Args: as `random_masks`; `block_length` is K, and the last block may be shorter.
     """

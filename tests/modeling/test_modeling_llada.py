@@ -96,7 +96,7 @@ def test_attention_mask_hides_padding(attention):
         mask = (torch.arange(17) >= 5).long()[None]
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         logits = model(padded, attention_mask=mask, position_ids=positions).logits
-        torch.testing.assert_close(logits[:, 5:], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits[:, 5:], alone, atol=1e-4, rtol=1e-4)
         assert logits.isfinite().all()
         unmasked = model(padded, position_ids=positions).logits
         assert (unmasked[:, 5:] - alone).abs().max() > 1e-2
@@ -182,7 +182,7 @@ def test_bfloat16_is_close(prompt):
     model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny", dtype=torch.bfloat16)
     logits = model(prompt).logits
     assert logits.dtype == torch.bfloat16
-    assert (logits.float() - exact).norm() / exact.norm() < 0.03
+    assert (logits.float() - exact).norm() / exact.norm() < 0.06
 
 
 def test_device_map_and_low_memory_loading(prompt, tmp_path):

@@ -1,0 +1,190 @@
+"""The model in the box through what users have: remote code, pipelines, streamers, lm-evaluation-harness."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from golden import CHECKPOINT, FIXTURES
+from transformers import AutoModel, AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
+
+import dparallel.modeling
+from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
+
+QUESTION = "Nora has 12 shells. Nora finds 8 more. How many shells are left?"
+
+
+@pytest.fixture(scope="module")
+def inputs(word_tokenizer):
+    return word_tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+
+
+def test_auto_classes_give_the_class_with_the_head():
+    for auto in (AutoModel, AutoModelForCausalLM):
+        assert type(auto.from_pretrained(FIXTURES / "llada_tiny")) is LLaDAModelLM
+
+
+STRANGER = """
+import importlib.abc, json, sys
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "dparallel":
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, NotInstalled())
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+first, second, prompt = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+found = {"config": type(AutoConfig.from_pretrained(first, trust_remote_code=True)).__name__}
+loads = [("model", AutoModel, first), ("first", AutoModelForCausalLM, first), ("second", AutoModelForCausalLM, second)]
+for name, auto, folder in loads:
+    model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    output = model.generate(torch.tensor([prompt]), return_dict_in_generate=True)
+    found[name] = [output.sequences[0].tolist(), output.num_forward_passes.item(), model.generation_config.threshold]
+    if name == "first":
+        model.save_pretrained(second)
+        AutoTokenizer.from_pretrained(first, trust_remote_code=True).save_pretrained(second)
+found["text"] = AutoTokenizer.from_pretrained(second, trust_remote_code=True).decode(output.sequences[0])
+found["modules"] = sorted(m for m in sys.modules if m.startswith("dparallel"))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("source", ["saved", "box"])
+def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
+    folder = CHECKPOINT
+    threshold = None
+    if source == "saved":
+        folder, threshold = tmp_path / "saved", 0.4
+        model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+        model.generation_config.update(unmasking="entropy_threshold", threshold=threshold)
+        model.save_pretrained(folder)
+        word_tokenizer.save_pretrained(folder)
+    else:
+        model = word_model
+    prompt = inputs["input_ids"][0].tolist()
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "again"), json.dumps(prompt)]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    expected = model.generate(**inputs, return_dict_in_generate=True)
+    assert found["config"] == "LLaDAConfig" and found["modules"] == []
+    for name in ("model", "first", "second"):
+        assert found[name] == [
+            expected.sequences[0].tolist(),
+            expected.num_forward_passes.item(),
+            threshold,
+        ]
+    assert found["text"] == word_tokenizer.decode(expected.sequences[0])
+
+
+def test_saved_folder_holds_all_remote_code_and_nothing_else(word_model, tmp_path):
+    word_model.save_pretrained(tmp_path)
+    names = {"configuration_llada", "modeling_llada", "generation_diffusion", "token_statistics", "unmasking"}
+    assert {path.stem for path in tmp_path.glob("*.py")} == names
+    for name in names:
+        source = (CHECKPOINT.parents[2] / "modeling" / f"{name}.py").read_text()
+        assert (tmp_path / f"{name}.py").read_text() == (CHECKPOINT / f"{name}.py").read_text() == source
+
+
+def test_the_box_is_small():
+    files = [path for path in CHECKPOINT.iterdir() if not path.is_symlink()]
+    assert sum(path.stat().st_size for path in files) <= 12e6
+    assert {"README.md", "model.safetensors", "generation_config.json"} <= {path.name for path in files}
+
+
+def test_model_in_the_box_solves_a_problem(word_model, word_tokenizer, inputs):
+    for settings in ({}, {"unmasking": "entropy_threshold"}, {"unmasking": "confidence"}):
+        ids = word_model.generate(**inputs, **settings)
+        assert "The answer is 20." in word_tokenizer.decode(ids[0])
+
+
+def test_pipeline(word_model, word_tokenizer, inputs):
+    pipe = pipeline("text-generation", model=word_model, tokenizer=word_tokenizer)
+    start = inputs["input_ids"].shape[1]
+    expected = word_tokenizer.decode(
+        word_model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    chat = [{"role": "user", "content": QUESTION}]
+    assert pipe(chat)[0]["generated_text"][-1] == {"role": "assistant", "content": expected}
+    prompt = word_tokenizer.decode(inputs["input_ids"][0])
+    texts = pipe([prompt, prompt.replace("12", "13")], batch_size=2, return_full_text=False, add_special_tokens=False)
+    assert texts[0][0]["generated_text"].replace("<|endoftext|>", "") == expected
+    # A policy named here brings its own default, not the number of the pipeline's copy of the configuration.
+    by_entropy = pipe(chat, unmasking="entropy_threshold")[0]["generated_text"][-1]["content"]
+    ids = word_model.generate(**inputs, unmasking="entropy_threshold", threshold=0.5)
+    assert by_entropy == word_tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+
+
+def test_text_streamers_print_what_is_returned(word_model, word_tokenizer, inputs, capsys):
+    ids = word_model.generate(**inputs, streamer=TextStreamer(word_tokenizer, skip_prompt=True))
+    answer = word_tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert capsys.readouterr().out == answer + "<|endoftext|>\n"
+    streamer = TextIteratorStreamer(word_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    thread = threading.Thread(target=word_model.generate, kwargs={**inputs, "streamer": streamer})
+    thread.start()
+    pieces = [piece for piece in streamer if piece]
+    thread.join()
+    assert "".join(pieces) == answer and len(pieces) > 3
+
+
+def test_stop_strings_cut_inside_a_block(word_model, word_tokenizer, inputs):
+    start = inputs["input_ids"].shape[1]
+    full = word_model.generate(**inputs)[0, start:]
+    for stop in ("=", " answer", "= 2", "The"):
+        output = word_model.generate(**inputs, stop_strings=[stop, "never"], tokenizer=word_tokenizer)[0, start:]
+        length = next(i for i in range(1, 129) if stop in word_tokenizer.decode(full[:i]))
+        assert output[:length].tolist() == full[:length].tolist()
+        assert (output[length:] == word_tokenizer.pad_token_id).all()
+    with pytest.raises(ValueError, match="tokenizer"):
+        word_model.generate(**inputs, stop_strings=["="])
+
+
+def test_lm_evaluation_harness(word_model, word_tokenizer, tmp_path):
+    """`lm_eval --model hf`, unmodified, on a generation task over a local file."""
+    lm_eval = pytest.importorskip("lm_eval")
+    questions = [QUESTION, QUESTION.replace("12", "15"), "Sam has 9 books. Sam loses 4 books. How many are there now?"]
+    rows = [
+        {"question": question, "answer": answer} for question, answer in zip(questions, "20 23 5".split(), strict=True)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "word_problems.yaml").write_text(f"""
+task: word_problems
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}}"
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["<|endoftext|>"], do_sample: false, max_gen_toks: 128}}
+filter_list:
+  - name: answer
+    filter: [{{function: regex, regex_pattern: "The answer is ([0-9]+)"}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(CHECKPOINT), "trust_remote_code": True, "dtype": "float32"},
+        tasks=["word_problems"],
+        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
+        batch_size=3,
+        device="cpu",
+        apply_chat_template=True,
+        bootstrap_iters=0,
+    )
+    assert results["results"]["word_problems"]["exact_match,answer"] == 1.0
+
+
+def test_loading_with_a_generation_config_of_ones_own():
+    config = DiffusionGenerationConfig(unmasking="margin", steps=7)
+    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny", generation_config=config)
+    assert (model.generation_config.unmasking, model.generation_config.steps) == ("margin", 7)
+    assert dparallel.modeling.POLICIES["margin"].is_scheduled

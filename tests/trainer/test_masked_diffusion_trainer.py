@@ -1,0 +1,290 @@
+"""The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from golden import CHECKPOINT
+from test_generation import ShiftedConfig, ShiftedModel
+from torch.nn import functional as F
+
+from dparallel.modeling import LLaDAConfig, LLaDAModelLM
+from dparallel.trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionTrainer
+from dparallel.trainer.losses import masked_diffusion_loss
+from dparallel.trainer.masked_diffusion_trainer import tokenize_example
+from dparallel.trainer.masking import random_masks, response_mask
+
+EOS, MASK = 0, 1
+
+
+def small_model(seed=0):
+    torch.manual_seed(seed)
+    config = {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64, "vocab_size": 592}
+    return LLaDAModelLM(LLaDAConfig(**config, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS))
+
+
+def rows(count=40):
+    return [
+        {"prompt": f"Sam has {i} books. " * (1 + i % 3), "completion": "So " * (1 + i % 5) + f"it is {i}."}
+        for i in range(count)
+    ]
+
+
+def settings(tmp_path, **changes):
+    defaults = {"output_dir": str(tmp_path), "report_to": "none", "save_strategy": "no", "use_cpu": True}
+    defaults |= {"max_length": 64, "per_device_train_batch_size": 8, "logging_steps": 1, "disable_tqdm": True}
+    return MaskedDiffusionConfig(**(defaults | changes))
+
+
+def make_trainer(tmp_path, tokenizer, model=None, dataset=None, **changes):
+    dataset = Dataset.from_list(rows()) if dataset is None else dataset
+    model = small_model() if model is None else model
+    kinds = {key: changes.pop(key) for key in ("peft_config", "eval_dataset") if key in changes}
+    return MaskedDiffusionTrainer(
+        model=model, args=settings(tmp_path, **changes), train_dataset=dataset, processing_class=tokenizer, **kinds
+    )
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion(word_tokenizer):
+    example = {"prompt": "Sam has 3", "completion": " books."}
+    prompt, answer = (word_tokenizer(example[key])["input_ids"] for key in ("prompt", "completion"))
+    row = tokenize_example(example, word_tokenizer, max_length=12)
+    padding = [EOS] * (12 - len(prompt) - len(answer))
+    assert row == {"input_ids": prompt + answer + padding, "prompt_length": len(prompt)}
+    assert len(padding) > 1  # end-of-text behind the answer is learned
+    assert tokenize_example(example, word_tokenizer)["input_ids"] == prompt + answer + [EOS]
+    row = tokenize_example(example, word_tokenizer, max_length=100, response_length=9)
+    assert row["input_ids"] == prompt + answer + [EOS] * (9 - len(answer))
+    cut = tokenize_example(example, word_tokenizer, response_length=2)
+    assert cut["input_ids"] == prompt + answer[:2]
+    assert tokenize_example(example, word_tokenizer, max_length=len(prompt) + 1)["input_ids"] == prompt + answer[:1]
+
+
+def test_conversations(word_tokenizer):
+    question, answer = {"role": "user", "content": "Sam has 3."}, {"role": "assistant", "content": "So 3."}
+    as_messages = tokenize_example({"messages": [question, answer]}, word_tokenizer)
+    as_pair = tokenize_example({"prompt": [question], "completion": [answer]}, word_tokenizer)
+    assert as_messages == as_pair
+    prompt = word_tokenizer.apply_chat_template([question], add_generation_prompt=True)["input_ids"]
+    assert as_pair["input_ids"] == prompt + word_tokenizer("So 3.")["input_ids"] + [EOS]
+    assert as_pair["prompt_length"] == len(prompt)
+    with pytest.raises(ValueError, match="last role is 'user'"):
+        tokenize_example({"messages": [answer, question]}, word_tokenizer)
+
+
+def test_text_is_learned_from_its_first_token(word_tokenizer):
+    row = tokenize_example({"text": "Sam has 3 books."}, word_tokenizer, max_length=50)
+    assert row == {"input_ids": word_tokenizer("Sam has 3 books.")["input_ids"] + [EOS], "prompt_length": 0}
+
+
+def test_collator_masks_only_what_it_adds():
+    """End-of-text is the padding token too, and is learned where it belongs to the response."""
+    features = [
+        {"input_ids": [5, 6, EOS, EOS], "prompt_length": 1, "example_id": 7},
+        {"input_ids": [5, EOS], "prompt_length": 1, "example_id": 8},
+    ]
+    batch = DataCollatorForMaskedDiffusion(EOS, pad_to_multiple_of=3)(features)
+    assert batch["input_ids"].tolist() == [[5, 6, EOS, EOS, EOS, EOS], [5, EOS, EOS, EOS, EOS, EOS]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0]]
+    assert batch["prompt_length"].tolist() == [1, 1] and batch["example_id"].tolist() == [7, 8]
+
+
+def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog):
+    long = {"prompt": "Sam has 3 books. " * 20, "completion": "3."}
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([*rows(3), long, long]))
+    assert "2 of 5 examples dropped" in caplog.text and "max_length=64" in caplog.text
+    assert trainer.train_dataset["example_id"][:] == [0, 1, 2]
+    with pytest.raises(ValueError, match="`train_dataset` has no example with a response"):
+        make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([long]))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "message"),
+    [
+        (Dataset.from_list([{"question": "a", "answer": "b"}]), r"has the columns \['answer', 'question'\]"),
+        (Dataset.from_dict({"prompt": [], "completion": []}), "`train_dataset` is empty"),
+    ],
+)
+def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, dataset=dataset)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"max_length": 0}, "max_length=0"),
+        ({"loss_weighting": "t"}, "loss_weighting='t'"),
+        ({"block_length": -1}, "block_length=-1"),
+        ({"response_length": 0}, "response_length=0"),
+    ],
+)
+def test_wrong_arguments(tmp_path, changes, name):
+    with pytest.raises(ValueError, match=f"`{name}` is not allowed"):
+        settings(tmp_path, **changes)
+
+
+def test_models_that_cannot_be_trained(tmp_path, word_tokenizer):
+    model = small_model()
+    model.config.mask_token_id = None
+    with pytest.raises(ValueError, match="mask_token_id"):
+        make_trainer(tmp_path, word_tokenizer, model=model)
+    with pytest.raises(ValueError, match="compute_metrics"):
+        MaskedDiffusionTrainer(small_model(), settings(tmp_path), compute_metrics=print)
+    with pytest.raises(ValueError, match="model_init_kwargs"):
+        make_trainer(tmp_path, word_tokenizer, model_init_kwargs={"dtype": "float32"})
+
+
+# --- loss ------------------------------------------------------------------------------------------------------------
+
+
+def plain_loss(model, batch, args, epoch, shift):
+    """The loss of a batch row by row from logits of whole sequences."""
+    losses = []
+    for i in range(len(batch["input_ids"])):
+        row = {key: value[i : i + 1] for key, value in batch.items()}
+        masks = random_masks(
+            response_mask(row["prompt_length"], row["attention_mask"], shift),
+            seed=args.seed, epoch=epoch, example_id=row["example_id"],
+        )  # fmt: skip
+        noisy = torch.where(masks.hidden, model.config.mask_token_id, row["input_ids"])
+        logits = model(input_ids=noisy, attention_mask=row["attention_mask"]).logits[0]
+        terms = [
+            F.cross_entropy(logits[p - shift], row["input_ids"][0, p])
+            for p in masks.scored[0].nonzero().flatten().tolist()
+        ]
+        total = torch.stack(terms).sum() if terms else torch.zeros(())
+        length = masks.span_length[0]
+        scale = {"inverse_t": masks.ratio[0] * length, "uniform": max(len(terms), 1), "token": length}
+        losses.append(total / scale[args.loss_weighting])
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("family", ["llada", "shifted"])
+@pytest.mark.parametrize("loss_weighting", ["inverse_t", "uniform", "token"])
+def test_loss_equals_the_plain_one(tmp_path, word_tokenizer, loss_weighting, family):
+    torch.manual_seed(0)
+    model = small_model() if family == "llada" else ShiftedModel(ShiftedConfig(vocab_size=592, mask_token_id=MASK))
+    trainer = make_trainer(tmp_path, word_tokenizer, model=model, loss_weighting=loss_weighting)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
+    loss = trainer.compute_loss(model.train(), batch)
+    expected = plain_loss(model, batch, trainer.args, 0, model.logits_shift)
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+    for a, b in zip(
+        torch.autograd.grad(loss, model.parameters()), torch.autograd.grad(expected, model.parameters()), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_row_without_masks_costs_nothing():
+    logits = torch.randn(2, 4, 9, requires_grad=True)
+    labels, masked = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[True] * 4, [False] * 4])
+    for weighting in ("inverse_t", "uniform", "token"):
+        both = masked_diffusion_loss(logits, labels, masked, torch.tensor([0.5, 0.5]), torch.tensor([4, 4]), weighting)
+        first = masked_diffusion_loss(
+            logits[:1], labels[:1], masked[:1], torch.tensor([0.5]), torch.tensor([4]), weighting
+        )
+        torch.testing.assert_close(both, first / 2)
+
+
+def weights_after(trainer):
+    trainer.train()
+    return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+
+
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
+    """8 x 1, 2 x 4 and 1 x 8 accumulation: gradients are means over rows, and masks do not know of batches."""
+    results = [
+        weights_after(
+            make_trainer(
+                tmp_path, word_tokenizer, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
+                max_steps=4, learning_rate=1e-3, block_length=16,
+            )
+        )
+        for size in (8, 2, 1)
+    ]  # fmt: skip
+    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
+    torch.testing.assert_close(results[0], results[2], atol=2e-5, rtol=1e-3)
+
+
+# --- training --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block_length", [None, 16])
+def test_training_learns_and_logs(tmp_path, word_tokenizer, block_length):
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, max_steps=60, learning_rate=1e-2, block_length=block_length,
+        eval_dataset=Dataset.from_list(rows(16)), eval_strategy="steps", eval_steps=10,
+    )  # fmt: skip
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "masked_accuracy" in entry]
+    assert history[0]["masked_accuracy"] < 0.1 < 0.6 < history[-1]["masked_accuracy"]
+    assert 0 < history[-1]["mean_confidence"] <= 1 and history[-1]["loss"] < history[0]["loss"] / 2
+    evaluations = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"]
+    first, second = trainer.evaluate(), trainer.evaluate()
+    assert first["eval_loss"] == second["eval_loss"]  # the masks of an evaluation are fixed
+    assert first["eval_masked_accuracy"] == second["eval_masked_accuracy"]
+
+
+def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
+    options = {"max_steps": 12, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 7}
+    unbroken = weights_after(make_trainer(tmp_path / "a", word_tokenizer, **options))
+    make_trainer(tmp_path / "b", word_tokenizer, **options)
+    trainer = make_trainer(tmp_path / "b", word_tokenizer, model=small_model(seed=5), **options)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
+    resumed = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    assert torch.equal(unbroken, resumed)
+
+
+def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer):
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, max_steps=6, eval_dataset=Dataset.from_list(rows(8)), eval_strategy="steps",
+        eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="eval_masked_accuracy",
+    )  # fmt: skip
+    trainer.train()
+    best = max(entry["eval_masked_accuracy"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    assert trainer.state.best_metric == best
+
+
+def test_adapter(tmp_path, word_tokenizer):
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj", "attn_out"], r=4)
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, peft_config=config, max_steps=3, learning_rate=1e-2, gradient_checkpointing=True
+    )
+    before = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.train()
+    changed = {name for name, value in trainer.model.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    trainer.save_model()
+    loaded = PeftModel.from_pretrained(small_model(), tmp_path)
+    ids = torch.arange(5, 15)[None]
+    torch.testing.assert_close(loaded(ids).logits, trainer.model.eval()(ids).logits)
+    # An adapter decodes: generate() of the wrapped model is ours.
+    assert torch.equal(loaded.generate(ids, max_new_tokens=8), trainer.model.generate(ids, max_new_tokens=8))
+    with pytest.raises(ValueError, match="already is a PeftModel"):
+        make_trainer(tmp_path, word_tokenizer, model=get_peft_model(small_model(), config), peft_config=config)
+
+
+def test_model_by_path_and_streamed_data(tmp_path):
+    dataset = Dataset.from_list(
+        [{"messages": [{"role": "user", "content": "Sam has 3."}, {"role": "assistant", "content": "So 3."}]}] * 8
+    )
+    trainer = MaskedDiffusionTrainer(
+        str(CHECKPOINT),
+        settings(tmp_path, max_steps=2, model_init_kwargs={"dtype": "float32"}, per_device_train_batch_size=2),
+        train_dataset=dataset.to_iterable_dataset(),
+    )
+    assert trainer.processing_class.mask_token == "<|mask|>"
+    trainer.train()
+    trainer.save_model()
+    assert "diffusion" in trainer.model.model_tags
+    assert (tmp_path / "modeling_llada.py").exists() and (tmp_path / "tokenizer.json").exists()

@@ -8,17 +8,21 @@ python examples/quickstart.py --model user/repo      # any model of the Hub, or 
 import argparse
 import platform
 import sys
+import time
 from datetime import date
 from itertools import islice
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer, TextDiffusionStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
 from evaluation import evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
+
+import dparallel.modeling  # noqa: F401  (for official repositories, whose own remote code is older)
 
 CHECKPOINT = Path(__file__).parent / "word_problems" / "checkpoint"
 ANSWER_LENGTH = 128
@@ -33,37 +37,53 @@ DECODINGS = [
 ]
 
 
-class PlainStreamer(TextDiffusionStreamer):
-    """For output that is no terminal: a line for each pass, with a dot for each token still masked."""
+class LiveCanvas(BaseStreamer):
+    """Shows the answer after every pass, a dot for each masked token: in place on a terminal, else line by line."""
 
-    def __init__(self, tokenizer, mask_token_id, **kwargs):
-        super().__init__(tokenizer, **kwargs)
-        self.mask_token_id, self.decided = mask_token_id, ""
+    def __init__(self, tokenizer, mask_token_id):
+        self.tokenizer, self.mask_token_id = tokenizer, mask_token_id
+        self.decided, self.is_terminal = None, sys.stdout.isatty()
+
+    def show(self, draft):
+        words = [
+            " ·" if i == self.mask_token_id else self.tokenizer.decode([i], skip_special_tokens=True) for i in draft
+        ]
+        text = self.tokenizer.decode(self.decided, skip_special_tokens=True) + "".join(words)
+        if self.is_terminal:
+            print(f"\0338\033[J{text}", end="", flush=True)
+            time.sleep(0.1)
+        else:
+            print("  " + text, flush=True)
+
+    def put(self, value):
+        if self.decided is not None:
+            self.decided += value.tolist()
+            return
+        self.decided = []  # the prompt came
+        if self.is_terminal:  # make room below, then remember this place
+            print("\n" * 6 + "\033[6A\0337", end="")
 
     def put_draft(self, value, **kwargs):
-        words = ["." if i == self.mask_token_id else self.tokenizer.decode([i]) for i in value.tolist()]
-        print("  " + self.decided + "".join(words), flush=True)
+        self.show(value.tolist())
 
-    def on_finalized_text(self, text, stream_end=False):
-        self.decided += text
+    def end(self):
+        self.show([])
+        print()
 
 
 def show_live(model, tokenizer, problem):
     print(f"Question: {problem.question}\n\nAnswer, as the canvas fills in:")
-    mask = tokenizer.convert_ids_to_tokens(model.config.mask_token_id)
-    if sys.stdout.isatty():
-        streamer = TextDiffusionStreamer(tokenizer, skip_prompt=True, sleep_time=0.1)
-    else:
-        streamer = PlainStreamer(tokenizer, model.config.mask_token_id, skip_prompt=True)
     messages = [{"role": "user", "content": problem.question}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(
-        **inputs.to(model.device), max_new_tokens=ANSWER_LENGTH, streamer=streamer, return_dict_in_generate=True
+        **inputs.to(model.device),
+        max_new_tokens=ANSWER_LENGTH,
+        streamer=LiveCanvas(tokenizer, model.config.mask_token_id),
+        return_dict_in_generate=True,
     )
     passes = output.num_forward_passes.item()
     tokens = round(output.tokens_per_forward.item() * passes)
-    text = tokenizer.decode(output.sequences[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    print(f"\n{text.replace(mask, '')}\n\n{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
+    print(f"\n{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
 
 
 def table_row(result):

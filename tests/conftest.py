@@ -9,6 +9,9 @@ import pytest
 import torch
 from golden import CHECKPOINT, FIXTURES
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers that each use every core wait for each other
+
 
 @pytest.fixture(scope="session")
 def llada():

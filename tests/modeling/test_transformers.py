@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,6 +28,19 @@ def inputs(word_tokenizer):
 def test_auto_classes_give_the_class_with_the_head():
     for auto in (AutoModel, AutoModelForCausalLM):
         assert type(auto.from_pretrained(FIXTURES / "llada_tiny")) is LLaDAModelLM
+
+
+def test_installed_code_wins_over_older_remote_code(tmp_path):
+    """The official repositories carry remote code that does not run under transformers 5."""
+    folder = tmp_path / "official"
+    shutil.copytree(FIXTURES / "llada_tiny", folder)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
+    for name in ("configuration_llada", "modeling_llada"):
+        (folder / f"{name}.py").write_text("raise RuntimeError('the old remote code ran')")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model) is LLaDAModelLM
 
 
 STRANGER = """

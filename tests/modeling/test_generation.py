@@ -1,6 +1,7 @@
 """generate(): the published tokens and passes, and the contract with a transformers user."""
 
 import logging
+import socket
 from itertools import pairwise
 
 import pytest
@@ -674,3 +675,40 @@ def test_shifted_family_needs_a_token_to_predict_from(shifted):
         shifted.generate(torch.empty(1, 0, dtype=torch.long))
     with pytest.raises(ValueError, match="row without a token"):
         shifted.generate(torch.tensor([[38], [5]]), attention_mask=torch.tensor([[0], [1]]))
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def decode_in_step_with_others(rank, folder, port):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny")
+    passes = []
+    model.register_forward_hook(lambda *args: passes.append(1))
+    prompt = torch.arange(5 + rank)[None]
+    output = model.generate(
+        prompt,
+        max_new_tokens=8,
+        unmasking="confidence",
+        steps=(3, 8)[rank],
+        synced_gpus=True,
+        return_dict_in_generate=True,
+    )
+    torch.save((len(passes), output.num_forward_passes.item(), output.sequences), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_synced_processes_make_the_same_number_of_passes(llada, tmp_path):
+    """Under ZeRO-3 and FSDP a process that is done must go on making passes, or the others wait for it for ever."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.multiprocessing.spawn(decode_in_step_with_others, (str(tmp_path), port), nprocs=2)
+    for rank, steps in enumerate((3, 8)):
+        passes, counted, sequences = torch.load(tmp_path / f"{rank}.pt")
+        assert (passes, counted) == (8, steps)
+        prompt = torch.arange(5 + rank)[None]
+        assert torch.equal(sequences, llada.generate(prompt, max_new_tokens=8, unmasking="confidence", steps=steps))

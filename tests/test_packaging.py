@@ -1,0 +1,45 @@
+"""The wheel and the sdist hold every package, and the wheel works outside the checkout."""
+
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*command, **kwargs):
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, **kwargs)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+def test_wheel_and_sdist(tmp_path):
+    run("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
+    wheel, sdist = next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))
+    sources = {
+        f"dparallel/{folder}/{path.name}"
+        for folder in ("modeling", "trainer", "hub_cards")
+        for path in (ROOT / folder).glob("*.py")
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert sources <= names
+    assert {name for name in names if name.endswith(".py")} == sources
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    with tarfile.open(sdist) as archive:
+        assert {"modeling/__init__.py", "README.md", "LICENSE"} <= {
+            n.split("/", 1)[1] for n in archive.getnames() if "/" in n
+        }
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--target", str(tmp_path / "site"), str(wheel))
+    code = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import dparallel.modeling as m, dparallel.trainer as t, dparallel.hub_cards, torch
+assert m.__file__.startswith(sys.argv[1]) and t.__file__.startswith(sys.argv[1]), m.__file__
+model = m.LLaDAModelLM.from_pretrained(sys.argv[2])
+print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape)
+"""
+    fixture = ROOT / "tests" / "fixtures" / "llada_tiny"
+    assert "[1, 8]" in run("-c", code, str(tmp_path / "site"), str(fixture), cwd=tmp_path)

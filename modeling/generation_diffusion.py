@@ -337,17 +337,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         _require(config.mask_token_id is not None, "mask_token_id", None, f"set, to {allowed}")
         for value in ids:
             ok = value is None or (_is_int(value, 0) and value < vocab_size and value != config.mask_token_id)
-            _require(
-                ok, "eos_token_id", config.eos_token_id, f"{allowed}, other than `mask_token_id`, or a list of those"
-            )
+            wanted = f"{allowed}, other than `mask_token_id`, or a list of those"
+            _require(ok, "eos_token_id", config.eos_token_id, wanted)
         ok = config.pad_token_id != config.mask_token_id
         _require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
-        _require(
-            config.eos_threshold is None or config.eos_token_id is not None,
-            "eos_threshold",
-            config.eos_threshold,
-            "None where no `eos_token_id` is known",
-        )
+        ok = config.eos_threshold is None or config.eos_token_id is not None
+        _require(ok, "eos_threshold", config.eos_threshold, "None where no `eos_token_id` is known")
 
     def _check_inputs(self, inputs, config, model_kwargs):
         """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
@@ -355,12 +350,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         if (inputs is None) == (input_ids is None):
             raise ValueError("Exactly one of `inputs` and `input_ids` must be given: token ids of shape (B, P).")
         input_ids = inputs if input_ids is None else input_ids
-        if (
-            not isinstance(input_ids, torch.Tensor)
-            or input_ids.ndim != 2
-            or input_ids.dtype not in (torch.long, torch.int)
-        ):
-            got = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        is_tensor = isinstance(input_ids, torch.Tensor)
+        if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
+            got = f"{input_ids.dtype} of {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__
             raise ValueError(f"`input_ids` must be an integer tensor of shape (B, P), but got {got}.")
         input_ids = input_ids.long()
         vocab_size = self.config.vocab_size
@@ -369,11 +361,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(f"`input_ids` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
         if attention_mask is not None:
             if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-                got = getattr(attention_mask, "shape", attention_mask)
-                got = tuple(got) if isinstance(got, torch.Size) else repr(got)
-                raise ValueError(
-                    f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, not {got}."
-                )
+                got = tuple(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__
+                shape = tuple(input_ids.shape)
+                raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shape}, but got {got}.")
             if ((attention_mask != 0) & (attention_mask != 1)).any():
                 raise ValueError("`attention_mask` holds other values than 0 (padding) and 1: only those are allowed.")
             attention_mask = attention_mask.to(input_ids)
@@ -541,7 +531,10 @@ class DiffusionGenerationMixin(GenerationMixin):
                     is_open, finished, decided, reach = canvas.look(block)
                 if streamer is not None:
                     hold_back = bool(criteria) and is_open  # a criterion may still cut inside the block
-                    streamed = self._stream(canvas, streamer, streamed, block.start if hold_back else decided[0])
+                    stop = block.start if hold_back else decided[0]
+                    if stop > streamed:
+                        streamer.put(canvas.answer[0, streamed:stop].cpu())
+                        streamed = stop
                     if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
                         streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
 
@@ -582,12 +575,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             end = torch.where(stops & (end > length) & (canvas.end >= length), length, end)
         canvas.finish(end)
 
-    def _stream(self, canvas, streamer, streamed, decided):
-        if decided > streamed:
-            streamer.put(canvas.answer[0, streamed:decided].cpu())
-        return max(decided, streamed)
-
     def _finish(self, canvas, config):
+        """Pad what is behind the end of each row, and make the output."""
         pad = config._pad_token_tensor
         position = torch.arange(canvas.length, device=canvas.ids.device)
         if pad is not None:

@@ -99,7 +99,10 @@ class MaskedDiffusionTrainer(Trainer):
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
         if processing_class is None:
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path)
+            source = {
+                k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
+            }
+            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")
         self.mask_token_id = model.config.mask_token_id

@@ -103,7 +103,7 @@ def main():
             train_dataset=generated_dataset("train", arguments.num_train_problems, config.seed, shards, cache),
             processing_class=tokenizer,
         )
-        trainer.train()
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     if trainer.accelerator.is_main_process:
         problems = list(generate_problems("validation", arguments.num_validation_problems, config.seed * 1000))
         model.eval().to(torch.float32)

@@ -1,7 +1,7 @@
 """Solve word problems with a diffusion language model: one live, then a table of policies.
 
 python examples/quickstart.py                        # the model in the box, on the CPU in under two minutes
-python examples/quickstart.py --problems 5000        # the table of the README
+python examples/quickstart.py --problems 5000        # all held-out problems: use a GPU
 python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
 """
 

@@ -119,12 +119,13 @@ class LLaDAConfig(PreTrainedConfig):
             )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(f"`n_kv_heads={self.n_kv_heads}` must divide `n_heads={self.n_heads}`.")
-        # All of it at once: `save_pretrained` alone would only write the entry of the class that is being saved.
-        kwargs["auto_map"] = {
-            "AutoConfig": "configuration_llada.LLaDAConfig",
-            "AutoModel": "modeling_llada.LLaDAModelLM",
-            "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
-        }
+        if type(self) is LLaDAConfig:
+            # All of it at once: `save_pretrained` alone would only write the entry of the class that is being saved.
+            kwargs["auto_map"] = {
+                "AutoConfig": "configuration_llada.LLaDAConfig",
+                "AutoModel": "modeling_llada.LLaDAModelLM",
+                "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
+            }
         super().__post_init__(**kwargs)
 
 

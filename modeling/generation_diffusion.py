@@ -10,6 +10,7 @@ class attribute `logits_shift`, and a `forward` that takes `logits_to_keep`.
 import copy
 import itertools
 import math
+import numbers
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +42,7 @@ AUTOREGRESSIVE_FIELDS = (
     "penalty_alpha dola_layers low_memory prompt_lookup_num_tokens assistant_early_exit is_assistant use_mtp "
     "speculation_type guidance_scale watermarking_config token_healing output_scores output_logits output_attentions "
     "output_hidden_states cache_implementation cache_config max_cache_len prefill_chunk_size "
-    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id"
+    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id no_repeat_ngram_size min_length"
 ).split()
 
 
@@ -51,11 +52,17 @@ def _require(condition, name, value, allowed):
 
 
 def _is_int(value, low):
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
+
+
+def _sequence_biases(config):
+    """`sequence_bias` as pairs of token ids and a bias: transformers takes a dict or a list."""
+    biases = config.sequence_bias or []
+    return list(biases.items()) if isinstance(biases, dict) else biases
 
 
 def _is_number(value):
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
 class DiffusionGenerationConfig(GenerationConfig):
@@ -119,13 +126,8 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         super().validate(*args, **kwargs)
-        for name, low in (
-            ("block_length", 1),
-            ("steps", 1),
-            ("max_new_tokens", 1),
-            ("mask_token_id", 0),
-            ("top_k", 0),
-        ):
+        positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences")
+        for name, low in (*((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0)):
             value = getattr(self, name)
             _require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
         choices = (("unmasking", POLICIES), ("schedule", SCHEDULES), ("block_cache", BLOCK_CACHES))
@@ -263,12 +265,15 @@ class Canvas:
 
 class DiffusionGenerationMixin(GenerationMixin):
     """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
-
-    - `generation_config_class = DiffusionGenerationConfig` (transformers does not look for it on a mixin),
-    - `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream).
-    """
+    `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream)."""
 
     logits_shift = 0
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        # Whatever the order of the bases: transformers' own class attribute would give a plain GenerationConfig.
+        if getattr(cls, "generation_config_class", GenerationConfig) is GenerationConfig:
+            cls.generation_config_class = DiffusionGenerationConfig
 
     def adjust_generation_fn(
         self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
@@ -278,7 +283,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         repository = {**dict(zip(names, args, strict=False)), **kwargs}
         repository.pop("trust_remote_code", None)
         if generation_config is not None:
-            self.generation_config = DiffusionGenerationConfig.from_dict(generation_config.to_dict())
+            self.generation_config = DiffusionGenerationConfig(**generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:
             try:
                 self.generation_config = DiffusionGenerationConfig.from_pretrained(
@@ -288,40 +293,40 @@ class DiffusionGenerationMixin(GenerationMixin):
                 logger.info("No generation_config.json: decoding by the defaults and the token ids of the model.")
 
     def _prepare_generation_config(self, generation_config=None, **kwargs):
-        """Arguments over `generation_config` over the checkpoint's configuration over the defaults."""
+        """Arguments over `generation_config` over the checkpoint's configuration over the defaults. Returns the
+        configuration and the arguments that are no field of it."""
+        fields = DiffusionGenerationConfig().to_dict()
+        settings = DiffusionGenerationConfig._get_default_generation_params() | DEFAULTS
+        settings["mask_token_id"] = self.config.mask_token_id
+        arguments = {name: value for name, value in kwargs.items() if name in fields}
         given = {} if generation_config is None else generation_config.to_dict()
-        given.pop("_from_model_config", None)
-        # Plain, so that nothing is validated before it is complete.
-        plain = None if generation_config is None else GenerationConfig.from_dict(given)
-        merged, model_kwargs = super()._prepare_generation_config(plain, **kwargs)
-        # A threshold belongs to the policy that it was given for, and one length replaces the other.
-        related = dict.fromkeys(("unmasking", "threshold", "steps", "max_length", "max_new_tokens"))
-        related["unmasking"] = DEFAULTS["unmasking"]
-        for layer in (self.generation_config.to_dict(), given, kwargs):
-            named = {name: layer[name] for name in related if layer.get(name) is not None}
-            if named.get("unmasking", related["unmasking"]) != related["unmasking"]:
-                related["threshold"] = related["steps"] = None
-            if "max_length" in named:
-                related["max_new_tokens"] = None
-            related.update(named)
-        config = DiffusionGenerationConfig.from_dict(merged.to_dict() | related)
-        for name, value in DEFAULTS.items():
-            if getattr(config, name) is None:
-                setattr(config, name, value)
-        if config.mask_token_id is None:
-            config.mask_token_id = self.config.mask_token_id
-        return config, model_kwargs
+        for layer in (self.generation_config.to_dict(), given, arguments):
+            layer = {name: value for name, value in layer.items() if value is not None}
+            # A number belongs to the policy that it was given for, and one length replaces the other.
+            if layer.get("unmasking", settings["unmasking"]) != settings["unmasking"]:
+                settings["threshold"] = settings["steps"] = None
+            if "max_length" in layer:
+                settings["max_new_tokens"] = None
+            settings.update(layer)
+        settings.update({name: None for name, value in arguments.items() if value is None})
+        return DiffusionGenerationConfig(**settings), {k: v for k, v in kwargs.items() if k not in fields}
 
     def _check_config(self, config, model_kwargs):
         """Refuse what diffusion decoding cannot do."""
-        defaults = GenerationConfig._get_default_generation_params()
+        neutral = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1}
         for name in AUTOREGRESSIVE_FIELDS:
             value = getattr(config, name, None)
-            if value is not None and value != defaults.get(name):
+            if value not in (None, False, neutral.get(name)):
                 raise ValueError(
                     f"`{name}={value!r}` is for autoregressive decoding and has no meaning in diffusion decoding: "
-                    f"it must be left out (or {defaults.get(name)!r})."
+                    f"it must be left out (or {neutral.get(name)!r})."
                 )
+        sequences = [*(config.bad_words_ids or []), *(ids for ids, _ in _sequence_biases(config))]
+        if any(len(ids) > 1 for ids in sequences):
+            raise ValueError(
+                "`bad_words_ids` and `sequence_bias` are allowed for single tokens only: of a longer one, the tokens "
+                "before may still be undecided."
+            )
         for name, value in model_kwargs.items():
             if name not in ("input_ids", "attention_mask") and value is not None:
                 raise ValueError(
@@ -416,15 +421,16 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor | DiffusionGenerationOutput:
         """Decode answers to a batch of prompts, several tokens per forward pass.
 
-        A row's answer and NFE do not depend on the other rows (sampling and `unmasking="random"` aside).
+        A row's answer and NFE do not depend on the other rows, up to the rounding of floating-point sums (sampling and
+        `unmasking="random"` aside).
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`.
             generation_config (`GenerationConfig`, *optional*): fields that are set take precedence over the
                 checkpoint's; arguments take precedence over both.
             logits_processor (`LogitsProcessorList`, *optional*): called for each position of the block with the ids to
-                its left (B, P + i), `[MASK]` where they are undecided, and its logits (B, V), as in autoregressive
-                decoding. Certainty is measured on what they return.
+                its left (B, P + i), `[MASK]` where they are undecided, and its logits (B, V). Certainty is measured on
+                what they return. Standard ones that need the tokens before to be decided (n-grams) are refused.
             stopping_criteria (`StoppingCriteriaList`, *optional*): called when a block is complete, for every length
                 inside it, so that a row is cut where decoding token by token would have cut it. `max_time` is
                 looked at after every pass; a row that it ends keeps its text up to the first undecided position.
@@ -460,8 +466,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         if config.steps is None:
             config.steps = config.max_new_tokens
         if synced_gpus is None:
-            sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
-            synced_gpus = sharded and dist.is_initialized() and dist.get_world_size() > 1
+            synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
+        synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
+        ok = generator is None or isinstance(generator, torch.Generator)
+        _require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
 
         input_ids, model_kwargs = self._expand_inputs_for_generation(
             expand_size=config.num_return_sequences or 1, input_ids=input_ids, attention_mask=attention_mask
@@ -523,11 +531,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                     block, statistics, policy.select(statistics, undecided, generator=generator, **next(settings))
                 )
                 is_open, finished, decided, reach = canvas.look(block)
-                if any(clock(torch.empty(1, 0), None).any() for clock in clocks):
+                is_late = any(clock(torch.empty(1, 0), None).any() for clock in clocks)
+                if is_late:
                     canvas.finish(canvas.end.new_tensor(decided))
-                    is_open, finished = False, [1] * len(finished)
-                elif criteria and not is_open:
+                if criteria and (is_late or not is_open):
                     self._finish_by_criteria(canvas, block, criteria)
+                if is_late or (criteria and not is_open):
                     is_open, finished, decided, reach = canvas.look(block)
                 if streamer is not None:
                     hold_back = bool(criteria) and is_open  # a criterion may still cut inside the block
@@ -562,8 +571,11 @@ class DiffusionGenerationMixin(GenerationMixin):
             logits_to_keep=positions - self.logits_shift,
         ).logits
         if processors:
-            first = canvas.prompt_length + block.start
-            columns = [processors(canvas.ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
+            ids, first = canvas.ids, canvas.prompt_length + block.start
+            if canvas.position_ids is not None:
+                # Padding is no text: show a token there that the row holds anyway.
+                ids = torch.where(canvas.attention_mask == 0, ids[:, canvas.prompt_length - 1, None], ids)
+            columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
             logits = torch.stack(columns, dim=1)
         return logits
 

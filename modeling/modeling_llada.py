@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada import LLaDAConfig
-from .generation_diffusion import DiffusionGenerationConfig, DiffusionGenerationMixin
+from .generation_diffusion import DiffusionGenerationMixin
 
 
 class LLaDARMSNorm(nn.Module):
@@ -172,7 +172,6 @@ class LLaDAModel(LLaDAPreTrainedModel):
 class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its head and parallel `generate()`. The logits at position i predict the token at position i."""
 
-    generation_config_class = DiffusionGenerationConfig
     logits_shift = 0
     _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
 

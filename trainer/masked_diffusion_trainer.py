@@ -1,10 +1,11 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
-import math
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
@@ -12,13 +13,14 @@ from trl import is_conversational, maybe_apply_chat_template
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
-from .losses import masked_diffusion_loss, prediction_metrics
+from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
 
 logger = get_logger(__name__)
 
 BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id"]
+DATASET_FORMATS = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "prompt_length"))
 
 
 @dataclass
@@ -69,8 +71,6 @@ class MaskedDiffusionTrainer(Trainer):
     """
 
     _tag_names = ["dparallel", "diffusion", "dllm"]
-    _name = "Masked diffusion"
-    _paper = {"title": "Large Language Diffusion Models", "id": "2502.09992"}
 
     def __init__(
         self,
@@ -91,6 +91,8 @@ class MaskedDiffusionTrainer(Trainer):
             args = MaskedDiffusionConfig(
                 output_dir=f"{Path(str(model)).name if isinstance(model, str) else 'model'}-ft"
             )
+        if not isinstance(args, MaskedDiffusionConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}: it must be a MaskedDiffusionConfig.")
         set_seed(args.seed)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
@@ -135,7 +137,8 @@ class MaskedDiffusionTrainer(Trainer):
         )
         # The loss is a mean over the micro-batch: without this, Trainer takes it for a sum over the whole batch.
         self.model_accepts_loss_kwargs = False
-        self._totals = {"train": torch.zeros(3), "eval": torch.zeros(3)}
+        self._train_metrics = torch.zeros(3, device=self.accelerator.device)
+        self._epoch = 0
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
@@ -151,34 +154,42 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _prepare_dataset(self, dataset, name, processing_class, args):
         """Tokenize, number the examples, and drop those without a response, saying how many."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            raise ValueError(
+                f"`{name}` is a {type(dataset).__name__}: it must be a `datasets.Dataset` or IterableDataset."
+            )
         first = next(iter(dataset), None)
         if first is None:
             raise ValueError(f"`{name}` is empty: it must hold at least one example.")
-        is_tokenized = {"input_ids", "prompt_length"} <= set(first)
-        if not is_tokenized and not {"prompt", "completion"} <= set(first) and not {"messages", "text"} & set(first):
-            raise ValueError(
-                f"`{name}` has the columns {sorted(first)}: it must have `prompt` and `completion`, or `messages`, or "
-                "`text`, or `input_ids` and `prompt_length`."
+        if not any(set(columns) <= set(first) for columns in DATASET_FORMATS):
+            wanted = ", or ".join(
+                " and ".join(f"`{column}`" for column in sorted(format)) for format in DATASET_FORMATS
             )
-
-        def prepare(example, index):
-            if is_tokenized:
-                row = {key: example[key] for key in ("input_ids", "prompt_length")}
-            else:
-                row = tokenize_example(example, processing_class, args.max_length, args.response_length)
-            return {**row, "example_id": example.get("example_id", index)}
-
-        def has_response(row):
-            return row["prompt_length"] < len(row["input_ids"])
-
+            raise ValueError(f"`{name}` has the columns {sorted(first)}: it must have {wanted}.")
+        settings = {
+            "tokenizer": processing_class,
+            "max_length": args.max_length,
+            "response_length": args.response_length,
+            "mask_token_id": self.mask_token_id,
+            "name": name,
+        }
         columns = [column for column in first if column not in BATCH_COLUMNS]
         if isinstance(dataset, IterableDataset):
-            return dataset.map(prepare, with_indices=True, remove_columns=columns).filter(has_response)
+            counts = {"seen": 0, "dropped": 0}
+            return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
+                has_response, fn_kwargs={"counts": counts, "name": name}
+            )
         options = {"num_proc": args.dataset_num_proc}
-        prepared = dataset.map(
-            prepare, with_indices=True, remove_columns=columns, desc=f"Tokenizing {name}", **options
-        )
-        kept = prepared.filter(has_response, desc=f"Checking {name}", **options)
+        with PartialState().main_process_first():  # the other processes find the result in the cache
+            prepared = dataset.map(
+                prepare_example,
+                with_indices=True,
+                fn_kwargs=settings,
+                remove_columns=columns,
+                desc=f"Tokenizing {name}",
+                **options,
+            )
+            kept = prepared.filter(has_response, desc=f"Checking {name}", **options)
         if dropped := len(prepared) - len(kept):
             logger.warning(
                 f"`{name}`: {dropped} of {len(prepared)} examples dropped, because nothing of their response lies "
@@ -190,6 +201,15 @@ class MaskedDiffusionTrainer(Trainer):
             )
         return kept
 
+    def get_eval_dataloader(self, eval_dataset=None):
+        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # one that was not known at construction
+            eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", self.processing_class, self.args)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _run_epoch(self, model, epoch, *args, **kwargs):
+        self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
+        return super()._run_epoch(model, epoch, *args, **kwargs)
+
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*BATCH_COLUMNS, "attention_mask"]
 
@@ -199,13 +219,13 @@ class MaskedDiffusionTrainer(Trainer):
             return random_masks(response, **randomness)
         return mixed_masks(response, self.args.block_length, **randomness)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        mode = "train" if model.training else "eval"
+    def _row_losses_and_metrics(self, model, inputs, epoch):
+        """Loss (B,), metrics of `losses.prediction_metrics` (B, 3), and the model's output."""
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         masks = self.draw_masks(
             response_mask(inputs["prompt_length"], attention_mask, self.logits_shift),
             seed=self.args.seed,
-            epoch=math.floor(self.state.epoch or 0) if mode == "train" else EVALUATION_EPOCH,
+            epoch=epoch,
             example_id=inputs["example_id"],
         )
         # Only scored positions go through the head: there are never logits of whole sequences.
@@ -215,37 +235,73 @@ class MaskedDiffusionTrainer(Trainer):
             attention_mask=attention_mask,
             logits_to_keep=positions - self.logits_shift * is_scored,
         )
-        labels = input_ids.gather(1, positions)
-        loss = masked_diffusion_loss(
-            outputs.logits, labels, is_scored, masks.ratio, masks.span_length, self.args.loss_weighting
+        logits, labels = outputs.logits.float(), input_ids.gather(1, positions)
+        losses = masked_diffusion_losses(
+            logits, labels, is_scored, masks.ratio, masks.span_length, self.args.loss_weighting
         )
-        metrics = prediction_metrics(outputs.logits, labels, is_scored)
-        self._totals[mode] = self._totals[mode].to(metrics.device) + metrics
-        return (loss, outputs) if return_outputs else loss
+        return losses, prediction_metrics(logits, labels, is_scored), outputs
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        losses, metrics, outputs = self._row_losses_and_metrics(model, inputs, self._epoch)
+        self._train_metrics = self._train_metrics.to(metrics.device) + metrics.sum(dim=0)
+        return (losses.mean(), outputs) if return_outputs else losses.mean()
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
-            loss = self.compute_loss(model, self._prepare_inputs(inputs))
-        return loss.detach(), None, None
-
-    def _pop_metrics(self, mode):
-        """Means over all processes since the last time."""
-        totals = self._totals[mode].to(self.accelerator.device)
-        right, confidence, count = self.accelerator.reduce(totals, "sum").tolist()
-        self._totals[mode] = torch.zeros(3)
-        return {"masked_accuracy": right / count, "mean_confidence": confidence / count} if count else {}
+            losses, metrics, _ = self._row_losses_and_metrics(model, self._prepare_inputs(inputs), EVALUATION_EPOCH)
+        # Over all processes, without the rows that were repeated to fill their last batches.
+        rows = self.accelerator.gather_for_metrics(torch.cat((losses[:, None], metrics), dim=1))
+        self._evaluation_rows.append(rows.cpu())
+        return losses.mean(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        self._totals["eval"] = torch.zeros(3)
+        self._evaluation_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        rows = torch.cat(self._evaluation_rows)
         # Into the metrics and not only into the log, so that the best checkpoint can be chosen by them.
-        output.metrics.update({f"{metric_key_prefix}_{key}": v for key, v in self._pop_metrics("eval").items()})
+        metrics = {"loss": rows[:, 0].mean().item(), **named_metrics(rows[:, 1:].sum(dim=0))}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs, *args, **kwargs):
         if "loss" in logs:
-            logs = {**logs, **self._pop_metrics("train")}
+            logs = {**logs, **named_metrics(self.accelerator.reduce(self._train_metrics, "sum"))}
+            self._train_metrics = torch.zeros_like(self._train_metrics)
         super().log(logs, *args, **kwargs)
+
+    def create_model_card(self, *args, tags=None, **kwargs):
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        super().create_model_card(*args, tags=[*tags, *self._tag_names], **kwargs)
+
+
+def named_metrics(sums):
+    right, confidence, count = sums.tolist()
+    return {"masked_accuracy": right / count, "mean_confidence": confidence / count} if count else {}
+
+
+def prepare_example(example, index=None, *, tokenizer, max_length, response_length, mask_token_id, name):
+    """A row of a dataset to `input_ids`, `prompt_length` and `example_id`. In a stream, where an index would differ
+    from worker to worker, the id is a hash of the tokens."""
+    if {"input_ids", "prompt_length"} <= set(example):
+        row = {"input_ids": example["input_ids"][:max_length], "prompt_length": example["prompt_length"]}
+    else:
+        row = tokenize_example(example, tokenizer, max_length, response_length)
+    if mask_token_id in row["input_ids"]:
+        raise ValueError(f"`{name}` has an example with the mask token, id {mask_token_id}: {example}.")
+    if index is None:
+        index = int.from_bytes(hashlib.blake2b(repr(row["input_ids"]).encode(), digest_size=7).digest(), "big")
+    return {**row, "example_id": example.get("example_id", index)}
+
+
+def has_response(row, counts=None, name=None):
+    """Filter of prepared rows. Of a stream, it counts and says at 1, 2, 4, 8, ... how many it dropped."""
+    keep = row["prompt_length"] < len(row["input_ids"])
+    if counts is not None:
+        counts["seen"] += 1
+        counts["dropped"] += not keep
+        if not keep and counts["dropped"] & (counts["dropped"] - 1) == 0:
+            logger.warning(f"`{name}`: {counts['dropped']} of {counts['seen']} examples dropped, without a response.")
+    return keep
 
 
 def tokenize_example(example, tokenizer, max_length=None, response_length=None):
@@ -255,11 +311,21 @@ def tokenize_example(example, tokenizer, max_length=None, response_length=None):
         *prompt, answer = example["messages"]
         if answer["role"] != "assistant":
             raise ValueError(f"`messages` must end with the assistant's, but the last role is {answer['role']!r}.")
+        if not prompt:
+            raise ValueError("`messages` holds the assistant's answer alone: something must be asked before it.")
         example = {"prompt": prompt, "completion": [answer]}
     eos = tokenizer.eos_token_id
-    if "prompt" not in example:
+    if not {"prompt", "completion"} <= set(example):
         ids = [*tokenizer(example["text"])["input_ids"], eos]
         return {"input_ids": ids[:max_length], "prompt_length": 0}
+    if (
+        not example["prompt"]
+        or not example["completion"]
+        or type(example["prompt"]) is not type(example["completion"])
+    ):
+        raise ValueError(
+            f"`prompt` and `completion` must both be text, or both messages, and not empty, in {example}."
+        )
     # A chat template writes its own special tokens.
     add_special_tokens = not is_conversational(example)
     example = maybe_apply_chat_template({key: example[key] for key in ("prompt", "completion")}, tokenizer)

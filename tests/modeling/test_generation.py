@@ -8,7 +8,14 @@ import pytest
 import torch
 from golden import FIXTURES, load_cases
 from torch import nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, TextDiffusionStreamer, set_seed
+from transformers import (
+    GenerationConfig,
+    MaxTimeCriteria,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TextDiffusionStreamer,
+    set_seed,
+)
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -119,6 +126,7 @@ POLICY_SETTINGS = [
     {"unmasking": "entropy", "steps": 9, "schedule": "linear_time"},
     {"unmasking": "margin", "steps": 9},
     {"unmasking": "confidence_threshold", "threshold": 0.5, "eos_threshold": 0.1},
+    {"unmasking": "confidence_threshold", "threshold": 0.5, "repetition_penalty": 1.8, "min_new_tokens": 5},
 ]
 
 
@@ -157,12 +165,11 @@ class ShiftedConfig(PreTrainedConfig):
     pad_token_id: int = 38
 
 
-class ShiftedModel(DiffusionGenerationMixin, PreTrainedModel):
+class ShiftedModel(PreTrainedModel, DiffusionGenerationMixin):
     """A made-up family that meets the interface and nothing more: its logits at position i - 1 predict token i. Each
     position sees the mean of what its mask shows, and itself."""
 
     config_class = ShiftedConfig
-    generation_config_class = DiffusionGenerationConfig
     logits_shift = 1
 
     def __init__(self, config):
@@ -436,6 +443,34 @@ def test_stopping_criteria_cut_each_row_where_it_says(llada, prompt):
     assert all((shown[2] != MASK).all() for shown in criterion.shown)
 
 
+def test_neutral_values_of_refused_arguments_are_accepted(llada, prompt):
+    expected = llada.generate(prompt, max_new_tokens=8)
+    neutral = {"output_attentions": False, "guidance_scale": 1.0, "num_beams": 1, "min_length": 0, "use_cache": True}
+    assert torch.equal(llada.generate(prompt, max_new_tokens=8, **neutral), expected)
+    config = GenerationConfig.from_model_config(llada.config)
+    assert torch.equal(llada.generate(prompt, config, max_new_tokens=8), expected)
+
+
+def test_max_time_and_criteria_both_cut(llada, prompt):
+    class Late(MaxTimeCriteria):
+        """A clock that strikes in its fifth pass."""
+
+        def __init__(self):
+            super().__init__(max_time=0.0)
+            self.passes = 0
+
+        def __call__(self, input_ids, scores, **kwargs):
+            self.passes += 1
+            return torch.tensor([self.passes >= 5])
+
+    settings = {"max_new_tokens": 24, "block_length": 1, "unmasking": "confidence", "stop_at_eos": False}
+    full = llada.generate(prompt, **settings)[0, 9:].tolist()
+    for stop, length in ((100, 5), (9 + 3, 3)):
+        criteria = [Late(), StopAt([stop])]
+        output = llada.generate(prompt, stopping_criteria=criteria, **settings)[0, 9:].tolist()
+        assert output == full[:length] + [EOS] * (24 - length)
+
+
 def test_max_time_ends_after_a_pass(llada, prompt):
     output = llada.generate(
         prompt,
@@ -620,6 +655,12 @@ BAD = {
     "position_ids": (torch.zeros(1, 9, dtype=torch.long),),
     "past_key_values": ((),),
     "prefix_allowed_tokens_fn": (len,),
+    "no_repeat_ngram_size": (2,),
+    "min_length": (20,),
+    "bad_words_ids": ([[5, 6]],),
+    "sequence_bias": ({(5, 6): -1.0}, [[[5, 6], -1.0]]),
+    "num_return_sequences": (0,),
+    "generator": (5,),
     "tempereture": (0.5,),
 }
 

@@ -8,10 +8,11 @@ from datasets import Dataset
 from golden import CHECKPOINT
 from test_generation import ShiftedConfig, ShiftedModel
 from torch.nn import functional as F
+from transformers import TrainingArguments
 
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from dparallel.trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionTrainer
-from dparallel.trainer.losses import masked_diffusion_loss
+from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masked_diffusion_trainer import tokenize_example
 from dparallel.trainer.masking import random_masks, response_mask
 
@@ -185,11 +186,9 @@ def test_a_row_without_masks_costs_nothing():
     logits = torch.randn(2, 4, 9, requires_grad=True)
     labels, masked = torch.zeros(2, 4, dtype=torch.long), torch.tensor([[True] * 4, [False] * 4])
     for weighting in ("inverse_t", "uniform", "token"):
-        both = masked_diffusion_loss(logits, labels, masked, torch.tensor([0.5, 0.5]), torch.tensor([4, 4]), weighting)
-        first = masked_diffusion_loss(
-            logits[:1], labels[:1], masked[:1], torch.tensor([0.5]), torch.tensor([4]), weighting
-        )
-        torch.testing.assert_close(both, first / 2)
+        ratio, length = torch.tensor([0.5, 0.5]), torch.tensor([4, 4])
+        first, second = masked_diffusion_losses(logits, labels, masked, ratio, length, weighting)
+        assert second == 0 and first > 0
 
 
 def weights_after(trainer):
@@ -285,6 +284,71 @@ def test_model_by_path_and_streamed_data(tmp_path):
     )
     assert trainer.processing_class.mask_token == "<|mask|>"
     trainer.train()
+    assert trainer._epoch == 0
     trainer.save_model()
     assert "diffusion" in trainer.model.model_tags
     assert (tmp_path / "modeling_llada.py").exists() and (tmp_path / "tokenizer.json").exists()
+
+
+def test_streams_keep_the_rule_of_the_masks(tmp_path, word_tokenizer, caplog):
+    """Ids come from the example and not from its place, and each pass over a stream is a new epoch."""
+    long = {"prompt": "Sam has 3 books. " * 20, "completion": "3."}
+    stream = Dataset.from_list([*rows(8), long]).to_iterable_dataset()
+    seen = []
+
+    class Spy(MaskedDiffusionTrainer):
+        def draw_masks(self, response, **randomness):
+            seen.append((randomness["epoch"], tuple(randomness["example_id"].tolist())))
+            return super().draw_masks(response, **randomness)
+
+    args = settings(tmp_path, max_steps=6, per_device_train_batch_size=4)
+    with caplog.at_level(logging.WARNING):
+        Spy(small_model(), args, train_dataset=stream, processing_class=word_tokenizer).train()
+    assert [epoch for epoch, _ in seen] == [0, 0, 1, 1, 2, 2]
+    assert seen[0][1] == seen[2][1] != seen[1][1] and len(set(seen[0][1] + seen[1][1])) == 8
+    assert "1 of 9 examples dropped" in caplog.text
+    shuffled = MaskedDiffusionTrainer(
+        small_model(), args, train_dataset=stream.shuffle(seed=3), processing_class=word_tokenizer
+    )
+    ids = {row["example_id"] for row in shuffled.train_dataset}
+    assert ids == set(seen[0][1] + seen[1][1])
+
+
+def test_evaluation_of_another_dataset(tmp_path, word_tokenizer):
+    trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=Dataset.from_list(rows(8)))
+    again = trainer.evaluate(Dataset.from_list(rows(8)))
+    assert again["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    trainer.create_model_card()
+    assert "- dparallel" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": ""}, "must both be text, or both messages"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": "b"}, "must both be text, or both messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "something must be asked"),
+        ({"prompt": "a<|mask|>", "completion": "b"}, "an example with the mask token, id 1"),
+        ({"input_ids": [5, 1, 7], "prompt_length": 1}, "an example with the mask token, id 1"),
+        ({"prompt": "a"}, r"has the columns \['prompt'\]"),
+    ],
+)
+def test_rows_that_cannot_be_learned(tmp_path, word_tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([row]))
+
+
+def test_tokenized_rows_and_a_second_text_column(tmp_path, word_tokenizer):
+    tokenized = Dataset.from_list([{"input_ids": list(range(5, 105)), "prompt_length": 3, "example_id": 77}])
+    row = make_trainer(tmp_path, word_tokenizer, dataset=tokenized).train_dataset[0]
+    assert row == {"input_ids": list(range(5, 69)), "prompt_length": 3, "example_id": 77}
+    mixed = Dataset.from_list([{"prompt": "Sam has 3 books.", "text": "So it is 3."}])
+    row = make_trainer(tmp_path, word_tokenizer, dataset=mixed).train_dataset[0]
+    assert row["prompt_length"] == 0 and row["input_ids"] == [*word_tokenizer("So it is 3.")["input_ids"], EOS]
+
+
+def test_wrong_types(tmp_path, word_tokenizer):
+    with pytest.raises(ValueError, match="`args` is a TrainingArguments"):
+        MaskedDiffusionTrainer(small_model(), TrainingArguments(str(tmp_path)), processing_class=word_tokenizer)
+    with pytest.raises(ValueError, match="`train_dataset` is a list"):
+        make_trainer(tmp_path, word_tokenizer, dataset=rows())

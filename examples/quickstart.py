@@ -100,13 +100,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(CHECKPOINT), help="Hub id or folder; default: the model in the box")
     parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 256 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     arguments = parser.parse_args()
     if not 1 <= arguments.problems <= NUM_TEST_PROBLEMS:
         parser.error(f"--problems {arguments.problems}: it must be from 1 to {NUM_TEST_PROBLEMS}")
 
+    batch_size = arguments.batch_size or (4 if arguments.device == "cpu" else 256)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=arguments.dtype)
     model = model.to(arguments.device).eval()
@@ -117,13 +118,13 @@ def main():
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"\n{len(problems)} held-out problems, answers of up to {ANSWER_LENGTH} tokens, stopping at end-of-text, "
-        f"batch size {arguments.batch_size}\n{device}, Python {platform.python_version()}, torch {torch.__version__}, "
+        f"batch size {batch_size}\n{device}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {date.today()}\n"
     )
     print("| policy | NFE | TPF | seconds | accuracy % (95% interval) |\n| --- | --- | --- | --- | --- |", flush=True)
     for settings in DECODINGS:
         name = settings["unmasking"]
-        result = evaluate(model, tokenizer, problems, name, arguments.batch_size, **settings)
+        result = evaluate(model, tokenizer, problems, name, batch_size, **settings)
         print(table_row(result), flush=True)
     print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
     if arguments.problems < NUM_TEST_PROBLEMS:

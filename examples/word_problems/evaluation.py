@@ -48,7 +48,7 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
     correct, passes, tokens = [False] * len(problems), 0, 0.0
     start = time.perf_counter()
     batches = range(0, len(order), batch_size)
-    for first in tqdm(batches, desc=name, leave=False, disable=len(batches) < 2):
+    for first in tqdm(batches, desc=name, leave=False):
         rows = order[first : first + batch_size]
         batch = tokenizer([prompts[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt")
         output = model.generate(

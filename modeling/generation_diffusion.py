@@ -471,13 +471,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         ok = generator is None or isinstance(generator, torch.Generator)
         _require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
 
+        self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
         input_ids, model_kwargs = self._expand_inputs_for_generation(
             expand_size=config.num_return_sequences or 1, input_ids=input_ids, attention_mask=attention_mask
         )
         attention_mask = model_kwargs["attention_mask"]
         if streamer is not None and input_ids.shape[0] != 1:
             raise ValueError(f"`streamer` needs a batch of 1, but `input_ids` has {input_ids.shape[0]} rows.")
-        self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
         criteria = self._diffusion_stopping_criteria(config, stopping_criteria, tokenizer)
         if config._pad_token_tensor is None and criteria:
             raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")

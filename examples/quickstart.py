@@ -19,13 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
-from evaluation import evaluate
+from evaluation import ANSWER_LENGTH, evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 
 import dparallel.modeling  # noqa: F401  (for official repositories, whose own remote code is older)
 
 CHECKPOINT = Path(__file__).parent / "word_problems" / "checkpoint"
-ANSWER_LENGTH = 128
 DECODINGS = [
     {"unmasking": "confidence", "steps": ANSWER_LENGTH},
     {"unmasking": "confidence", "steps": ANSWER_LENGTH // 4},

@@ -179,7 +179,6 @@ class MaskedDiffusionTrainer(Trainer):
             return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
                 has_response, fn_kwargs={"counts": counts, "name": name}
             )
-        options = {"num_proc": args.dataset_num_proc}
         with PartialState().main_process_first():  # the other processes find the result in the cache
             prepared = dataset.map(
                 prepare_example,
@@ -187,9 +186,9 @@ class MaskedDiffusionTrainer(Trainer):
                 fn_kwargs=settings,
                 remove_columns=columns,
                 desc=f"Tokenizing {name}",
-                **options,
+                num_proc=args.dataset_num_proc,
             )
-            kept = prepared.filter(has_response, desc=f"Checking {name}", **options)
+            kept = prepared.filter(has_response, desc=f"Checking {name}", num_proc=args.dataset_num_proc)
         if dropped := len(prepared) - len(kept):
             logger.warning(
                 f"`{name}`: {dropped} of {len(prepared)} examples dropped, because nothing of their response lies "

@@ -600,15 +600,17 @@ def test_ignored_numbers_are_mentioned(llada, prompt, caplog):
 def test_edges(llada, prompt):
     empty = llada.generate(torch.empty(0, 5, dtype=torch.long), max_new_tokens=8, return_dict_in_generate=True)
     assert empty.sequences.shape == (0, 13) and empty.num_forward_passes.shape == (0,)
-    no_prompt = llada.generate(torch.empty(1, 0, dtype=torch.long), max_new_tokens=8)
+    # Where there is nothing but [MASK], all positions are alike and rounding would choose: take all in one pass.
+    one_pass = {"max_new_tokens": 8, "threshold": 0.0}
+    no_prompt = llada.generate(torch.empty(1, 0, dtype=torch.long), **one_pass)
     assert no_prompt.shape == (1, 8)
     assert llada.generate(torch.tensor([[5]]), max_new_tokens=1).shape == (1, 2)
     # A row of padding alone is an empty prompt.
     ids = torch.cat((torch.full((1, 9), EOS), prompt))
     mask = torch.tensor([[0] * 9, [1] * 9])
-    output = llada.generate(ids, attention_mask=mask, max_new_tokens=8)
+    output = llada.generate(ids, attention_mask=mask, **one_pass)
     assert output[0, 9:].tolist() == no_prompt[0].tolist()
-    assert output[1].tolist() == llada.generate(prompt, max_new_tokens=8)[0].tolist()
+    assert output[1].tolist() == llada.generate(prompt, **one_pass)[0].tolist()
     # The longest prompt leaves room for one token.
     longest = torch.randint(0, 317, (1, 511), generator=torch.Generator().manual_seed(0))
     assert llada.generate(longest).shape == (1, 512)

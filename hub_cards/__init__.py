@@ -1,1 +1,5 @@
-"""Cards, and pushing of models and datasets to the Hub."""
+"""From a trained model to one that is shared."""
+
+from .merge import merge_adapter
+
+__all__ = ["merge_adapter"]

@@ -1,6 +1,16 @@
 """Training of masked diffusion language models in the shape of TRL."""
 
+from .certainty_forcing_config import CertaintyForcingConfig
+from .certainty_forcing_trainer import CertaintyForcingTrainer
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
+from .trajectories import generate_trajectories
 
-__all__ = ["DataCollatorForMaskedDiffusion", "MaskedDiffusionConfig", "MaskedDiffusionTrainer"]
+__all__ = [
+    "CertaintyForcingConfig",
+    "CertaintyForcingTrainer",
+    "DataCollatorForMaskedDiffusion",
+    "MaskedDiffusionConfig",
+    "MaskedDiffusionTrainer",
+    "generate_trajectories",
+]

@@ -1,7 +1,6 @@
 """Losses of masked diffusion language models, as plain functions of logits. They are given row by row and averaged
 last, so that one batch of N rows, N batches of one, and every split over processes give the same gradient."""
 
-import torch
 from torch.nn import functional as F
 
 LOSS_WEIGHTINGS = ("inverse_t", "uniform", "token")
@@ -36,11 +35,48 @@ def masked_diffusion_losses(logits, labels, masked, mask_ratio, span_length, los
     return row_sums / denominators[loss_weighting]
 
 
-@torch.no_grad()
-def prediction_metrics(logits, labels, masked):
-    """Sums over the masked tokens of each row: right predictions, probabilities of the predicted token, and the number
-    of tokens. (B, 3)"""
-    best, prediction = logits.max(dim=-1)
-    confidence = (best - logits.logsumexp(dim=-1)).exp()
-    columns = ((prediction == labels) & masked, confidence.masked_fill(~masked, 0.0), masked)
-    return torch.stack([column.sum(dim=1).float() for column in columns], dim=1)
+def certainty_forcing_losses(logits, labels, masked, temperature=0.5):
+    """The two losses of "dParallel" (https://arxiv.org/abs/2509.26488, section 3.2), row by row.
+
+    Args:
+        logits (`torch.FloatTensor` of shape `(B, T, V)`): row i predicts labels i; float32.
+        labels (`torch.LongTensor` of shape `(B, T)`): the tokens of the teacher's answer.
+        masked (`torch.BoolTensor` of shape `(B, T)`): the positions that count.
+        temperature (`float`): of the entropy, above 0. Below 1 it sharpens the distribution that is measured, so that
+            the gradient goes to the tokens in doubt rather than to those that are almost certain.
+
+    Returns:
+        Two tensors (B,): the mean cross-entropy over a row's masked tokens, and the mean entropy of
+        softmax(logits / temperature), in nats, over those of them whose likeliest token already is the label; 0 where
+        there are none.
+    """
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    log_probs = (logits / temperature).log_softmax(dim=-1)
+    entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
+    is_right = masked & (logits.argmax(dim=-1) == labels)
+    return row_means(cross_entropy, masked), row_means(entropy, is_right)
+
+
+def certainty_forcing_loss(logits, labels, masked, temperature=0.5):
+    """`certainty_forcing_losses`, averaged over the rows: (trajectory loss, certainty loss), two scalars."""
+    trajectory, certainty = certainty_forcing_losses(logits, labels, masked, temperature)
+    return trajectory.mean(), certainty.mean()
+
+
+def row_means(values, counted):
+    """The mean of the counted ones in each row, 0 where there are none: (B, T), (B, T) bool -> (B,)."""
+    return values.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
+
+
+def prediction_metrics(statistics, labels, masked):
+    """What a model thinks at masked tokens: name -> (sum over each row (B,), number of tokens (B,)).
+
+    `masked_accuracy`: the share whose likeliest token is right; `mean_confidence`: its probability; `mean_entropy`: in
+    nats. `statistics` is `TokenStatistics` of (B, T).
+    """
+    values = {
+        "masked_accuracy": statistics.token == labels,
+        "mean_confidence": statistics.confidence,
+        "mean_entropy": statistics.entropy,
+    }
+    return {name: (value.float().masked_fill(~masked, 0.0).sum(1), masked.sum(1)) for name, value in values.items()}

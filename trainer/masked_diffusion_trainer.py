@@ -1,6 +1,5 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,24 +8,25 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
-from trl import is_conversational, maybe_apply_chat_template
 
-import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
+from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
+from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
+from .tokenization import DATASET_FORMATS, has_response, prepare_example
 
 logger = get_logger(__name__)
 
-BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id"]
-DATASET_FORMATS = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "prompt_length"))
+BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id", "unmasking_step"]
 
 
 @dataclass
 class DataCollatorForMaskedDiffusion:
     """Rows of `input_ids`, `prompt_length`, `example_id` to a batch: `input_ids` and `attention_mask` (B, T), padded
-    behind, and `prompt_length` and `example_id` (B,).
+    behind, and `prompt_length` and `example_id` (B,). Where rows have `unmasking_step`, so has the batch (B, T), -1 at
+    the padding.
 
     `attention_mask` is 0 only behind a row's own tokens. End-of-text that fills up a response is one of its tokens,
     even where `pad_token_id` is the same id.
@@ -43,7 +43,11 @@ class DataCollatorForMaskedDiffusion:
         batch = {name: torch.tensor([row[name] for row in rows]) for name in ("prompt_length", "example_id")}
         batch["input_ids"] = torch.full((len(ids), width), self.pad_token_id)
         batch["attention_mask"] = (torch.arange(width) < lengths[:, None]).long()
-        batch["input_ids"][batch["attention_mask"].bool()] = torch.cat(ids)
+        is_real = batch["attention_mask"].bool()
+        batch["input_ids"][is_real] = torch.cat(ids)
+        if "unmasking_step" in rows[0]:
+            batch["unmasking_step"] = torch.full_like(batch["input_ids"], -1)
+            batch["unmasking_step"][is_real] = torch.cat([torch.as_tensor(row["unmasking_step"]) for row in rows])
         return batch
 
 
@@ -60,7 +64,8 @@ class MaskedDiffusionTrainer(Trainer):
         data_collator (*optional*): defaults to `DataCollatorForMaskedDiffusion`.
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dict of them): rows with
             `prompt` and `completion` (text or messages), `messages` (the last one, the assistant's, is the response),
-            `text` (all of it is learned), or `input_ids` and `prompt_length`.
+            `text` (all of it is learned), or `input_ids` and `prompt_length`, with or without `unmasking_step`
+            (of each response token), as `trajectories.generate_trajectories` makes them.
         processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's own tokenizer.
         compute_metrics: refused; masked accuracy and confidence are always reported.
         callbacks, optimizers: as in `Trainer`.
@@ -137,7 +142,7 @@ class MaskedDiffusionTrainer(Trainer):
         )
         # The loss is a mean over the micro-batch: without this, Trainer takes it for a sum over the whole batch.
         self.model_accepts_loss_kwargs = False
-        self._train_metrics = torch.zeros(3, device=self.accelerator.device)
+        self._train_metrics = torch.zeros(())  # (number of metrics, 2) once something was counted
         self._epoch = 0
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -148,6 +153,7 @@ class MaskedDiffusionTrainer(Trainer):
 
         if isinstance(model, PeftModel):
             raise ValueError("`peft_config` was given, but `model` already is a PeftModel: pass one or the other.")
+        peft_config = complete_lora_config(model, peft_config)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()  # the frozen embedding would cut the checkpointed graph off
         return get_peft_model(model, peft_config)
@@ -201,7 +207,8 @@ class MaskedDiffusionTrainer(Trainer):
         return kept
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if isinstance(eval_dataset, (Dataset, IterableDataset)):  # one that was not known at construction
+        is_known = eval_dataset is self.eval_dataset  # Trainer passes the one of construction on
+        if isinstance(eval_dataset, (Dataset, IterableDataset)) and not is_known:
             eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", self.processing_class, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
@@ -212,21 +219,34 @@ class MaskedDiffusionTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*BATCH_COLUMNS, "attention_mask"]
 
-    def draw_masks(self, response, **randomness):
-        """The masks of a batch: (B, T) bool, the tokens that are learned -> `masking.Masks`."""
+    def draw_masks(self, inputs, response, **randomness):
+        """The masks of a batch: its tensors, and (B, T) bool, the tokens that are learned -> `masking.Masks`, of B
+        rows, or of several views of each, all first views first."""
         if self.args.block_length is None:
             return random_masks(response, **randomness)
         return mixed_masks(response, self.args.block_length, **randomness)
 
+    def losses_and_metrics(self, logits, labels, scored, masks):
+        """From logits (N, M, V) of the scored positions of N views: the loss of each example, (B,), and metrics, name
+        -> (sum (B,), weight (B,)), whose logged value is the sum of the sums over the sum of the weights."""
+        losses = masked_diffusion_losses(
+            logits, labels, scored, masks.ratio, masks.span_length, self.args.loss_weighting
+        )
+        statistics = token_statistics(logits.detach(), self.mask_token_id)
+        return losses, prediction_metrics(statistics, labels, scored)
+
     def _row_losses_and_metrics(self, model, inputs, epoch):
-        """Loss (B,), metrics of `losses.prediction_metrics` (B, 3), and the model's output."""
+        """Loss (B,), metrics (B, number of metrics, 2) as sum and weight, and the model's output."""
         input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
         masks = self.draw_masks(
+            inputs,
             response_mask(inputs["prompt_length"], attention_mask, self.logits_shift),
             seed=self.args.seed,
             epoch=epoch,
             example_id=inputs["example_id"],
         )
+        views = len(masks.hidden) // len(input_ids)
+        input_ids, attention_mask = input_ids.repeat(views, 1), attention_mask.repeat(views, 1)
         # Only scored positions go through the head: there are never logits of whole sequences.
         positions, is_scored = gather_positions(masks.scored)
         outputs = model(
@@ -234,14 +254,22 @@ class MaskedDiffusionTrainer(Trainer):
             attention_mask=attention_mask,
             logits_to_keep=positions - self.logits_shift * is_scored,
         )
-        logits, labels = outputs.logits.float(), input_ids.gather(1, positions)
-        losses = masked_diffusion_losses(
-            logits, labels, is_scored, masks.ratio, masks.span_length, self.args.loss_weighting
+        losses, metrics = self.losses_and_metrics(
+            outputs.logits.float(), input_ids.gather(1, positions), is_scored, masks
         )
-        return losses, prediction_metrics(logits, labels, is_scored), outputs
+        self._metric_names = list(metrics)
+        pairs = [torch.stack((total.detach().float(), weight.float()), dim=1) for total, weight in metrics.values()]
+        return losses, torch.stack(pairs, dim=1), outputs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, metrics, outputs = self._row_losses_and_metrics(model, inputs, self._epoch)
+        if not losses.isfinite().all():
+            ids = inputs["example_id"][~losses.isfinite()].tolist()
+            raise ValueError(
+                f"The loss is not finite at step {self.state.global_step}, for the examples {ids}. Lower "
+                f"`learning_rate={self.args.learning_rate}`, raise `warmup_steps`, or train in bfloat16 or float32 "
+                f"instead of float16; and check that the model's own weights are finite."
+            )
         self._train_metrics = self._train_metrics.to(metrics.device) + metrics.sum(dim=0)
         return (losses.mean(), outputs) if return_outputs else losses.mean()
 
@@ -249,7 +277,7 @@ class MaskedDiffusionTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, metrics, _ = self._row_losses_and_metrics(model, self._prepare_inputs(inputs), EVALUATION_EPOCH)
         # Over all processes, without the rows that were repeated to fill their last batches.
-        rows = self.accelerator.gather_for_metrics(torch.cat((losses[:, None], metrics), dim=1))
+        rows = self.accelerator.gather_for_metrics(torch.cat((losses[:, None], metrics.flatten(1)), dim=1))
         self._evaluation_rows.append(rows.cpu())
         return losses.mean(), None, None
 
@@ -258,78 +286,21 @@ class MaskedDiffusionTrainer(Trainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows = torch.cat(self._evaluation_rows)
         # Into the metrics and not only into the log, so that the best checkpoint can be chosen by them.
-        metrics = {"loss": rows[:, 0].mean().item(), **named_metrics(rows[:, 1:].sum(dim=0))}
+        metrics = {"loss": rows[:, 0].mean().item(), **self._named_metrics(rows[:, 1:].sum(dim=0).view(-1, 2))}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs = {**logs, **named_metrics(self.accelerator.reduce(self._train_metrics, "sum"))}
-            self._train_metrics = torch.zeros_like(self._train_metrics)
+        if "loss" in logs and self._train_metrics.ndim:
+            logs = {**logs, **self._named_metrics(self.accelerator.reduce(self._train_metrics, "sum"))}
+            self._train_metrics = torch.zeros(())
         super().log(logs, *args, **kwargs)
+
+    def _named_metrics(self, sums):
+        """(number of metrics, 2) -> the values of those that anything was counted for."""
+        pairs = zip(self._metric_names, sums.tolist(), strict=True)
+        return {name: total / weight for name, (total, weight) in pairs if weight}
 
     def create_model_card(self, *args, tags=None, **kwargs):
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         super().create_model_card(*args, tags=[*tags, *self._tag_names], **kwargs)
-
-
-def named_metrics(sums):
-    right, confidence, count = sums.tolist()
-    return {"masked_accuracy": right / count, "mean_confidence": confidence / count} if count else {}
-
-
-def prepare_example(example, index=None, *, tokenizer, max_length, response_length, mask_token_id, name):
-    """A row of a dataset to `input_ids`, `prompt_length` and `example_id`. In a stream, where an index would differ
-    from worker to worker, the id is a hash of the tokens."""
-    if {"input_ids", "prompt_length"} <= set(example):
-        row = {"input_ids": example["input_ids"][:max_length], "prompt_length": example["prompt_length"]}
-    else:
-        row = tokenize_example(example, tokenizer, max_length, response_length)
-    if mask_token_id in row["input_ids"]:
-        raise ValueError(f"`{name}` has an example with the mask token, id {mask_token_id}: {example}.")
-    if index is None:
-        index = int.from_bytes(hashlib.blake2b(repr(row["input_ids"]).encode(), digest_size=7).digest(), "big")
-    return {**row, "example_id": example.get("example_id", index)}
-
-
-def has_response(row, counts=None, name=None):
-    """Filter of prepared rows. Of a stream, it counts and says at 1, 2, 4, 8, ... how many it dropped."""
-    keep = row["prompt_length"] < len(row["input_ids"])
-    if counts is not None:
-        counts["seen"] += 1
-        counts["dropped"] += not keep
-        if not keep and counts["dropped"] & (counts["dropped"] - 1) == 0:
-            logger.warning(f"`{name}`: {counts['dropped']} of {counts['seen']} examples dropped, without a response.")
-    return keep
-
-
-def tokenize_example(example, tokenizer, max_length=None, response_length=None):
-    """One row of a dataset to `input_ids` and `prompt_length`. The response ends with end-of-text, and is filled up
-    with it to `response_length` tokens, or to `max_length` for prompt and response; `text` is not filled up."""
-    if "messages" in example:
-        *prompt, answer = example["messages"]
-        if answer["role"] != "assistant":
-            raise ValueError(f"`messages` must end with the assistant's, but the last role is {answer['role']!r}.")
-        if not prompt:
-            raise ValueError("`messages` holds the assistant's answer alone: something must be asked before it.")
-        example = {"prompt": prompt, "completion": [answer]}
-    eos = tokenizer.eos_token_id
-    if not {"prompt", "completion"} <= set(example):
-        ids = [*tokenizer(example["text"])["input_ids"], eos]
-        return {"input_ids": ids[:max_length], "prompt_length": 0}
-    if (
-        not example["prompt"]
-        or not example["completion"]
-        or type(example["prompt"]) is not type(example["completion"])
-    ):
-        raise ValueError(
-            f"`prompt` and `completion` must both be text, or both messages, and not empty, in {example}."
-        )
-    # A chat template writes its own special tokens.
-    add_special_tokens = not is_conversational(example)
-    example = maybe_apply_chat_template({key: example[key] for key in ("prompt", "completion")}, tokenizer)
-    prompt = tokenizer(example["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
-    response = [*tokenizer(example["completion"], add_special_tokens=False)["input_ids"], eos]
-    length = response_length or (max_length or 0) - len(prompt)
-    response = response[:response_length] + [eos] * (length - len(response))
-    return {"input_ids": [*prompt, *response][:max_length], "prompt_length": len(prompt)}

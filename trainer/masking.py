@@ -68,6 +68,15 @@ def random_masks(response, *, seed, epoch, example_id) -> Masks:
     return Masks(hidden, hidden, ratio, response.sum(dim=1))
 
 
+def draw_block(response, block_length: int, draw):
+    """A block of each row's response, by numbers in [0, 1): (B, T) bool, int, (B,) -> the block and all that is behind
+    it, (B, T) bool each. The last block may be shorter; none is empty."""
+    blocks = response.sum(dim=1).add(block_length - 1).div(block_length, rounding_mode="floor")
+    block = (draw * blocks).floor().long()
+    block_of_token = (response.cumsum(dim=1) - 1).div(block_length, rounding_mode="floor")
+    return response & (block_of_token == block[:, None]), response & (block_of_token > block[:, None])
+
+
 def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
     """What block-wise decoding sees: a block of the response is drawn uniformly, its tokens are hidden with
     probability t ~ U(0, 1) and scored, everything before it is shown, and everything behind it is hidden, unscored.
@@ -76,12 +85,8 @@ def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Mask
     """
     draws = uniform_draws(seed, epoch, example_id, 2 + response.shape[1])
     ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
-    length = response.sum(dim=1)
-    block = (draws[:, 1] * (-(-length // block_length))).floor().long()
-    block_of_token = (response.cumsum(dim=1) - 1).div(block_length, rounding_mode="floor")
-    span = response & (block_of_token == block[:, None])
+    span, behind = draw_block(response, block_length, draws[:, 1])
     scored = span & (draws[:, 2:] < ratio[:, None])
-    behind = response & (block_of_token > block[:, None])
     return Masks(scored | behind, scored, ratio, span.sum(dim=1))
 
 
@@ -91,6 +96,52 @@ def mixed_masks(response, block_length: int, *, seed, epoch, example_id) -> Mask
     is_block = uniform_draws(seed + 1, epoch, example_id, 1)[:, 0] < 0.5
     pairs = zip(block_masks(response, block_length, **randomness), random_masks(response, **randomness), strict=True)
     return Masks(*(torch.where(is_block[:, None] if a.ndim == 2 else is_block, a, b) for a, b in pairs))
+
+
+def complementary_masks(
+    response, block_length=None, mask_ratio=(0.5, 0.5), unmasking_step=None, *, seed, epoch, example_id
+) -> Masks:
+    """dParallel's two views of each example, which together score every token of a span once
+    (https://arxiv.org/abs/2509.26488, section 3.3). The span is a random block, as in `block_masks`, or the whole
+    response.
+
+    The first view hides each token of the span with probability `mask_ratio`, the second one the others. With
+    `unmasking_step` the views are states that the teacher's decoding went through (the trajectory order of d3LLM,
+    https://arxiv.org/abs/2601.07568): the first hides the `mask_ratio` share of the span that the teacher wrote last,
+    the second hides all of it and scores what the teacher wrote first.
+
+    Args:
+        response, seed, epoch, example_id: as in `random_masks`.
+        block_length (`int`, *optional*): K; None for the whole response.
+        mask_ratio (`tuple[float, float]`): the range, in [0, 1], that each example's ratio is drawn from.
+        unmasking_step (`torch.LongTensor` of shape `(B, T)`, *optional*): the teacher's pass that wrote each token, -1
+            where none did (it then counts as the last).
+
+    Returns:
+        `Masks` of 2B rows, all first views and then all second ones.
+    """
+    draws = uniform_draws(seed, epoch, example_id, 2 + response.shape[1])
+    span, behind = response, torch.zeros_like(response)
+    if block_length is not None:
+        span, behind = draw_block(response, block_length, draws[:, 0])
+    low, high = mask_ratio
+    ratio = low + (high - low) * draws[:, 1]
+    if unmasking_step is None:
+        first = span & (draws[:, 2:] < ratio[:, None])
+        hidden = (first, span & ~first)
+    else:
+        never = torch.iinfo(unmasking_step.dtype).max
+        step = torch.where(unmasking_step < 0, never - 1, unmasking_step).masked_fill(~span, never)
+        place = step.argsort(dim=1, stable=True).argsort(dim=1)  # in the order of writing, the span's tokens first
+        length = span.sum(dim=1)
+        first = span & (place >= (length - (ratio * length).round())[:, None])
+        hidden = (first, span)
+    return Masks(
+        hidden=torch.cat([view | behind for view in hidden]),
+        scored=torch.cat((first, span & ~first)),
+        ratio=torch.cat((ratio, 1 - ratio)),
+        span_length=span.sum(dim=1).repeat(2),
+    )
 
 
 def gather_positions(masked: torch.BoolTensor):

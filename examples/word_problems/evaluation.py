@@ -12,7 +12,8 @@ ANSWER_LENGTH = 128  # tokens, end-of-text padding included
 
 @dataclass
 class Result:
-    """Of one way of decoding, over N problems. NFE is a mean over problems; TPF is all tokens over all passes."""
+    """Of one way of decoding, over N problems. NFE is a mean over problems; TPF is all tokens, up to and including the
+    end-of-text of each answer, over all passes."""
 
     name: str
     settings: dict
@@ -34,7 +35,7 @@ class Result:
 
 
 def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Result:
-    """Solve `problems` in batches with `model.generate(**settings)`; decoding stops at end-of-text.
+    """Solve `problems` in batches with `model.generate(**settings)`.
 
     Problems of similar length share a batch, so that little is padded; results do not depend on it.
     """
@@ -45,7 +46,7 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
         for problem in problems
     ]
     order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
-    correct, passes, tokens = [False] * len(problems), 0, 0.0
+    correct, passes, tokens = [False] * len(problems), 0, 0
     start = time.perf_counter()
     batches = range(0, len(order), batch_size)
     for first in tqdm(batches, desc=name, leave=False):
@@ -54,11 +55,13 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
         output = model.generate(
             **batch.to(model.device), max_new_tokens=ANSWER_LENGTH, return_dict_in_generate=True, **settings
         )
-        answers = output.sequences[:, batch["input_ids"].shape[1] :]
+        lengths = (output.tokens_per_forward * output.num_forward_passes).round().long()
+        answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
+        answers = [answer[:length] for answer, length in zip(answers, lengths.tolist(), strict=True)]
         for i, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             correct[i] = is_correct(text, problems[i].answer)
         passes += output.num_forward_passes.sum().item()
-        tokens += (output.tokens_per_forward * output.num_forward_passes).sum().item()
+        tokens += lengths.sum().item()
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return Result(name, settings, correct, passes / len(problems), tokens / passes, time.perf_counter() - start)

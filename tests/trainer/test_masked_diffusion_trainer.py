@@ -13,8 +13,8 @@ from transformers import TrainingArguments
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from dparallel.trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionTrainer
 from dparallel.trainer.losses import masked_diffusion_losses
-from dparallel.trainer.masked_diffusion_trainer import tokenize_example
 from dparallel.trainer.masking import random_masks, response_mask
+from dparallel.trainer.tokenization import tokenize_example
 
 EOS, MASK = 0, 1
 
@@ -297,9 +297,9 @@ def test_streams_keep_the_rule_of_the_masks(tmp_path, word_tokenizer, caplog):
     seen = []
 
     class Spy(MaskedDiffusionTrainer):
-        def draw_masks(self, response, **randomness):
+        def draw_masks(self, inputs, response, **randomness):
             seen.append((randomness["epoch"], tuple(randomness["example_id"].tolist())))
-            return super().draw_masks(response, **randomness)
+            return super().draw_masks(inputs, response, **randomness)
 
     args = settings(tmp_path, max_steps=6, per_device_train_batch_size=4)
     with caplog.at_level(logging.WARNING):

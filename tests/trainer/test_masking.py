@@ -5,6 +5,7 @@ import torch
 
 from dparallel.trainer.masking import (
     block_masks,
+    complementary_masks,
     gather_positions,
     mixed_masks,
     random_masks,
@@ -46,7 +47,10 @@ def test_draws_are_those_of_splitmix64():
         assert uniform_draws(seed, epoch, torch.tensor([example]), 3)[0].tolist() == pytest.approx(expected)
 
 
-BLOCKS_OF_32 = [lambda r, **k: block_masks(r, 32, **k), lambda r, **k: mixed_masks(r, 32, **k)]
+BLOCKS_OF_32 = [
+    lambda r, **k: block_masks(r, 32, **k),
+    lambda r, **k: mixed_masks(r, 32, **k),
+]
 
 
 @pytest.mark.parametrize("masks_of", [random_masks, *BLOCKS_OF_32])
@@ -128,3 +132,53 @@ def test_gather_positions():
     assert positions.shape[1] == min(-(-int(masked.sum(dim=1).max()) // 8) * 8, 37)
     for row in range(50):
         assert positions[row][is_real[row]].tolist() == masked[row].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("block_length", [32, None])
+def test_two_views_score_every_token_of_the_span_once(block_length, ordered):
+    response = responses(3000, length=77, prompt=7)  # 70 tokens: blocks of 32, 32 and 6
+    steps = torch.rand(3000, 77).argsort(dim=1) if ordered else None
+    masks = complementary_masks(response, block_length, unmasking_step=steps, example_id=torch.arange(3000), **RANDOM)
+    (first, second), (hidden, hidden_too) = masks.scored.chunk(2), masks.hidden.chunk(2)
+    assert not (first & second).any()
+    span = first | second
+    starts = span[:, 7:].int().argmax(dim=1)
+    lengths = span.sum(dim=1)
+    if block_length is None:
+        assert torch.equal(span, response)
+    else:
+        assert set(zip(starts.tolist(), lengths.tolist(), strict=True)) == {(0, 32), (32, 32), (64, 6)}
+        assert (torch.bincount(starts // 32) / 3000 - 1 / 3).abs().max() < 0.03
+    position = torch.arange(77)
+    behind = response & (position >= (7 + starts + lengths)[:, None])
+    assert torch.equal(hidden, first | behind)
+    assert torch.equal(hidden_too, (span if ordered else second) | behind)
+    assert torch.equal(masks.span_length, lengths.repeat(2))
+    share = first.sum(dim=1) / lengths
+    assert share.mean() == pytest.approx(0.5, abs=0.01)
+    if ordered:  # the teacher wrote what is hidden after all that is shown
+        shown, late = (span & ~first), first
+        assert (steps.masked_fill(~shown, -1).amax(dim=1) < steps.masked_fill(~late, 99).amin(dim=1)).all()
+
+
+def test_views_of_a_range_of_ratios():
+    response = responses(4000)
+    masks = complementary_masks(response, None, (0.2, 0.8), example_id=torch.arange(4000), **RANDOM)
+    first, second = masks.ratio.chunk(2)
+    assert 0.2 <= first.min() and first.max() <= 0.8 and first.mean() == pytest.approx(0.5, abs=0.02)
+    torch.testing.assert_close(first + second, torch.ones(4000))
+    assert (masks.scored.sum(dim=1) / 93 - masks.ratio).abs().mean() < 0.05
+
+
+def test_tokens_that_the_teacher_never_wrote_come_last():
+    response = torch.ones(1, 6, dtype=torch.bool)
+    steps = torch.tensor([[3, 0, -1, -1, 1, 2]])
+    masks = complementary_masks(response, None, unmasking_step=steps, example_id=torch.tensor([0]), **RANDOM)
+    assert masks.scored[0].tolist() == [True, False, True, True, False, False]
+
+
+def test_a_response_of_whole_blocks_never_draws_an_empty_one():
+    """The published code draws one block too many, which then trains nothing."""
+    masks = complementary_masks(responses(2000, length=71, prompt=7), 32, example_id=torch.arange(2000), **RANDOM)
+    assert (masks.span_length == 32).all()

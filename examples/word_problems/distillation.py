@@ -1,0 +1,363 @@
+"""Distil the model in the box with certainty forcing, and measure what each part of the method is worth.
+
+    python examples/word_problems/distillation.py --output_dir runs/distillation --num_proc 16
+
+The teacher answers training problems. Students, one for each variant and seed, learn from its right answers. The
+student of the whole method then is the teacher of the next round, and so on: each round answers in fewer passes, since
+what the one before it chose among equally good wordings is what the next one learns. Teacher and students solve the
+5,000 test problems over a range of thresholds; `report.md` and `accuracy_against_nfe.png` come out, and `student`, the
+last round's, whose threshold was chosen on validation problems.
+
+What was computed is not computed again: after a kill, the same command goes on. For a try on a CPU, `--num_prompts 64
+--max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from evaluation import ANSWER_LENGTH, evaluate
+from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
+from transformers import AutoTokenizer
+
+from dparallel.modeling import LLaDAModelLM
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+from dparallel.trainer.resumable_shards import map_in_shards
+from dparallel.trainer.trajectories import model_digest
+
+TEACHER = Path(__file__).parent / "checkpoint"
+PROMPT_SEED = 7  # of the first round's problems
+VALIDATION_SEED = 123
+ALLOWED_LOSS = 0.01  # of accuracy, against one token a step
+
+# Block-wise masks as dParallel draws them, but with the ratio drawn for each example instead of 1/2: with half of a
+# block in sight the rest is easy, and it is the first passes over an empty block that decoding is slow in.
+ANY_RATIO = {"mask_ratio": 1.0, "mask_ratio_low": 0.0}
+VARIANTS = {
+    "trajectory loss only": {**ANY_RATIO, "certainty_weight": 0.0},
+    "certainty loss only": {**ANY_RATIO, "trajectory_weight": 0.0},
+    "both": ANY_RATIO,
+    "both, masks not block-wise": {**ANY_RATIO, "masking": "response"},
+    "both, masks in trajectory order": {**ANY_RATIO, "masking": "trajectory"},
+    "both, half of a block masked": {},
+}
+WHOLE_METHOD = "both"
+
+
+def sweep(unmasking, name, values):
+    return [{"unmasking": unmasking, name: value} for value in values]
+
+
+ONE_TOKEN = {"unmasking": "confidence", "steps": ANSWER_LENGTH}
+TEACHER_DECODINGS = [
+    ONE_TOKEN,
+    *sweep("confidence", "steps", [96, 64, 32, 16]),
+    *sweep("confidence_threshold", "threshold", [0.7, 0.8, 0.9, 0.95]),
+    *sweep("entropy_threshold", "threshold", [0.1, 0.3, 0.5, 0.6, 0.7]),
+    *sweep("entropy_bound", "threshold", [0.1, 0.2, 0.4, 0.8]),
+]
+STUDENT_DECODINGS = [
+    *sweep("entropy_threshold", "threshold", [0.03, 0.05, 0.1, 0.2, 0.3, 0.5]),
+    *sweep("entropy_bound", "threshold", [0.05, 0.1, 0.2, 0.4]),
+]
+
+
+def judge(row):
+    return is_correct(row["response"], row["answer"])
+
+
+_models = {}
+
+
+def load(path):
+    """For decoding: on a GPU in bfloat16 and compiled, once for all models, which all have the same shape."""
+    if not torch.cuda.is_available():
+        return LLaDAModelLM.from_pretrained(path).eval()
+    model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16).to("cuda").eval()
+    if not _models:
+        model.compile(dynamic=True)  # a model this small is bound by elementwise operations, which this fuses
+    compiled = _models.setdefault("compiled", model)
+    compiled.load_state_dict(model.state_dict())
+    return compiled
+
+
+def prompt_rows(seeds, count):
+    for seed in seeds:
+        for problem in generate_problems("train", count, seed):
+            yield {"prompt": to_conversation(problem)["prompt"], "answer": problem.answer}
+
+
+def prompts(count, seed, num_proc):
+    shards = num_proc or 1
+    with tempfile.TemporaryDirectory() as cache:
+        seeds = [seed * 1000 + shard for shard in range(shards)]
+        dataset = Dataset.from_generator(
+            prompt_rows, gen_kwargs={"seeds": seeds, "count": -(-count // shards)}, num_proc=shards, cache_dir=cache
+        )
+        return Dataset.from_list(dataset.to_list()[:count])
+
+
+def right_answers(teacher, folder, seed, arguments, tokenizer):
+    """A teacher's answers to training problems, those that are right. At an entropy threshold of 0.1 the model in the
+    box needs a quarter of the passes of one token a step, and is no less accurate."""
+    rows = generate_trajectories(
+        load(teacher),
+        tokenizer,
+        prompts(arguments.num_prompts, seed, arguments.num_proc),
+        folder,
+        judge,
+        batch_size=2048,
+        shard_size=8192,
+        num_proc=arguments.num_proc,
+        max_new_tokens=ANSWER_LENGTH,
+        unmasking="entropy_threshold",
+        threshold=0.1,
+    )
+    right = rows.filter(lambda row: row["correct"], num_proc=arguments.num_proc)
+    print(f"{len(right)} of the teacher's {len(rows)} answers are right.")
+    return right
+
+
+def train_student(teacher, folder, dataset, tokenizer, arguments, seed, changes):
+    """Train a student, unless it is there already."""
+    if folder.exists():
+        return
+    start = time.time()
+    torch._dynamo.reset()  # else the compiler gives up after a number of students
+    config = CertaintyForcingConfig(
+        output_dir=str(folder.parent / "training"),
+        seed=seed,
+        max_length=256,
+        response_length=ANSWER_LENGTH,
+        pad_to_multiple_of=32,
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=50,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        bf16=torch.cuda.is_available(),
+        torch_compile=torch.cuda.is_available(),
+        dataset_num_proc=arguments.num_proc,
+        dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+        dataloader_drop_last=True,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        **changes,
+    )
+    model = LLaDAModelLM.from_pretrained(teacher, dtype=torch.float32)
+    trainer = CertaintyForcingTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
+    trainer.train()
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    os.replace(unfinished, folder)
+    print(f"{folder.name}: trained in {time.time() - start:.0f} s", flush=True)
+
+
+def measure(path, decodings, problems, tokenizer, folder, **settings):
+    """One row for each decoding: NFE, TPF, seconds, and which problems were solved."""
+    model = load(path)
+
+    def compute(number, cells):
+        rows = []
+        for cell in cells:
+            result = evaluate(model, tokenizer, problems, folder.name, 1024, **cell, **settings)
+            row = {name: getattr(result, name) for name in ("nfe", "tpf", "seconds", "accuracy", "correct")}
+            rows.append({"decoding": json.dumps(cell), **row})
+        return rows
+
+    job = {"model": model_digest(model), "decodings": decodings, "problems": len(problems), "settings": settings}
+    return map_in_shards(compute, decodings, folder, job, shard_size=1, desc=folder.name)
+
+
+def curve(rows, unmasking):
+    """(NFE, accuracy) of the decodings by one policy, the fastest first."""
+    return sorted(
+        (row["nfe"], row["accuracy"]) for row in rows if json.loads(row["decoding"])["unmasking"] == unmasking
+    )
+
+
+def nfe_at(points, accuracy):
+    """The fewest passes that reach an accuracy, interpolated between neighbours of a curve; None if none does."""
+    for (nfe, value), (slower, better) in zip([(math.nan, -1.0), *points], points, strict=False):
+        if better >= accuracy:
+            share = (accuracy - value) / (better - value)
+            return slower if math.isnan(nfe) else nfe + share * (slower - nfe)
+    return None
+
+
+def spread(values):
+    """Mean, and lowest to highest, of the seeds that reach the accuracy."""
+    reached = [value for value in values if value is not None]
+    if len(reached) < len(values):
+        return "not reached" if not reached else f"reached by {len(reached)} of {len(values)} seeds"
+    mean = statistics.mean(reached)
+    return f"{mean:.1f}" if len(reached) == 1 else f"{mean:.1f} ({min(reached):.1f} to {max(reached):.1f})"
+
+
+def paired_difference(rows, others):
+    """Difference of two accuracies on the same problems in points, with its 95% interval."""
+    differences = [int(a) - int(b) for a, b in zip(rows, others, strict=True)]
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{100 * mean:+.1f} ({100 * (mean - 1.96 * error):+.1f} to {100 * (mean + 1.96 * error):+.1f})"
+
+
+def report(teacher, students, rounds, chosen, folder):
+    """Tables as Markdown, and the plot. `students` maps a variant to the rows of each seed; `chosen` maps a setting
+    to the rows of teacher and student by it."""
+    one_token = next(row for row in teacher if json.loads(row["decoding"]) == ONE_TOKEN)
+    target = one_token["accuracy"] - ALLOWED_LOSS
+    policies = ("entropy_threshold", "entropy_bound")
+    lines = [
+        f"NFE at which {100 * target:.1f}% are right, {100 * ALLOWED_LOSS:.0f} point less than the teacher at one "
+        f"token a step ({len(one_token['correct'])} problems, no stop at end-of-text):",
+        "",
+        "| model | entropy threshold | entropy bound | other policy |",
+        "| --- | --- | --- | --- |",
+    ]
+    others = ", ".join(
+        f"{name.replace('_', ' ')}: {spread([nfe_at(curve(teacher, name), target)])}"
+        for name in ("confidence", "confidence_threshold")
+    )
+    cells = [spread([nfe_at(curve(teacher, policy), target)]) for policy in policies]
+    lines.append(f"| teacher | {' | '.join(cells)} | {others} |")
+    measured = {**students, **{f"round {number}": [rows] for number, rows in rounds.items()}}
+    for name, seeds in measured.items():
+        cells = [spread([nfe_at(curve(rows, policy), target) for rows in seeds]) for policy in policies]
+        lines.append(f"| {name} | {' | '.join(cells)} | |")
+    lines += [
+        "",
+        "| | decoding | stop at end-of-text | NFE | TPF | TPF with padding | accuracy % | student - teacher |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for stop, pair in chosen.items():
+        for name, row in pair.items():
+            decoding = json.loads(row["decoding"])
+            unmasking, (key, value) = decoding.pop("unmasking"), next(iter(decoding.items()))
+            padded = "" if stop else f"{ANSWER_LENGTH / row['nfe']:.1f}"
+            difference = paired_difference(row["correct"], pair["teacher"]["correct"]) if name != "teacher" else ""
+            lines.append(
+                f"| {name} | `{unmasking}`, {key} {value:g} | {'yes' if stop else 'no'} | {row['nfe']:.1f} | "
+                f"{row['tpf']:.2f} | {padded} | {100 * row['accuracy']:.1f} | {difference} |"
+            )
+    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+    plot(teacher, students, rounds, one_token, target, folder / "accuracy_against_nfe.png")
+
+
+def plot(teacher, students, rounds, one_token, target, path):
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.8))
+    labels = {"confidence": "fixed steps", "confidence_threshold": "confidence threshold"}
+    labels |= {"entropy_threshold": "entropy threshold", "entropy_bound": "entropy bound"}
+    greys = ("0.75", "0.6", "0.4", "0.0")
+    for (unmasking, label), grey in zip(labels.items(), greys, strict=True):
+        points = curve(teacher, unmasking)
+        axes.plot(*zip(*points, strict=True), "o-", color=grey, markersize=3, label=f"teacher, {label}")
+    axes.plot(*zip(*curve(students["trajectory loss only"][0], "entropy_threshold"), strict=True), "s--", color="C0",
+              markersize=3, label="student, trajectory loss only")  # fmt: skip
+    first = {1: students[WHOLE_METHOD][0]}
+    for number, rows in (first | rounds).items():
+        axes.plot(*zip(*curve(rows, "entropy_threshold"), strict=True), "o-", color=f"C{number}", markersize=4,
+                  label=f"student, both losses, round {number}")  # fmt: skip
+    axes.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
+    axes.annotate("teacher at one token a step, less 1 point", (128, target), (0, -10), textcoords="offset points",
+                  ha="right", fontsize=7, color="0.3")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    ticks = [8, 16, 32, 64, 128]
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_ylim(0.6, 1.0)
+    axes.set_xlabel("forward passes for 128 tokens (NFE)")
+    axes.set_ylabel(f"accuracy on {len(one_token['correct'])} held-out problems")
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--num_prompts", type=int, default=40_000, help="training problems per round")
+    parser.add_argument("--max_steps", type=int, default=800)
+    parser.add_argument("--batch_size", type=int, default=384)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS, help="test problems")
+    parser.add_argument("--num_proc", type=int, help="processes for generating and tokenizing problems")
+    arguments = parser.parse_args()
+    folder, students = arguments.output_dir, arguments.output_dir / "students"
+    measured = folder / "measured"
+    students.mkdir(parents=True, exist_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(TEACHER, padding_side="left")
+
+    # Train first and measure later, so that each is compiled once.
+    dataset = right_answers(TEACHER, folder / "trajectories-1", PROMPT_SEED, arguments, tokenizer)
+    cells = {
+        (variant, seed): students / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
+        for variant in VARIANTS
+        for seed in arguments.seeds
+    }
+    for (variant, seed), path in cells.items():
+        train_student(TEACHER, path, dataset, tokenizer, arguments, seed, VARIANTS[variant])
+    latest, rounds = cells[WHOLE_METHOD, arguments.seeds[0]], {}
+    for number in range(2, arguments.rounds + 1):
+        answers = folder / f"trajectories-{number}"
+        dataset = right_answers(latest, answers, PROMPT_SEED + number - 1, arguments, tokenizer)
+        rounds[number] = students / f"round-{number}"
+        train_student(
+            latest, rounds[number], dataset, tokenizer, arguments, arguments.seeds[0], VARIANTS[WHOLE_METHOD]
+        )
+        latest = rounds[number]
+
+    problems = list(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))[: arguments.problems]
+    validation = list(generate_problems("validation", 2000, VALIDATION_SEED))[: arguments.problems]
+
+    def measure_all(path, decodings, name, problems=problems, stop_at_eos=False):
+        return list(measure(path, decodings, problems, tokenizer, measured / name, stop_at_eos=stop_at_eos))
+
+    teacher = measure_all(TEACHER, TEACHER_DECODINGS, "teacher")
+    by_variant = {
+        variant: [
+            measure_all(cells[variant, seed], STUDENT_DECODINGS, cells[variant, seed].name) for seed in arguments.seeds
+        ]
+        for variant in VARIANTS
+    }
+    by_round = {number: measure_all(path, STUDENT_DECODINGS, path.name) for number, path in rounds.items()}
+
+    # The shipped student's way of decoding is chosen where the test problems are not looked at.
+    bar = measure_all(TEACHER, [ONE_TOKEN], "validation-teacher", validation)[0]["accuracy"] - ALLOWED_LOSS / 2
+    candidates = measure_all(latest, STUDENT_DECODINGS, "validation-student", validation)
+    allowed = [row for row in candidates if row["accuracy"] >= bar] or candidates
+    decoding = json.loads(min(allowed, key=lambda row: row["nfe"])["decoding"])
+    model = LLaDAModelLM.from_pretrained(latest)
+    model.generation_config.unmasking = decoding["unmasking"]
+    model.generation_config.threshold = decoding["threshold"]
+    model.save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    chosen = {
+        stop: {
+            "teacher": measure_all(TEACHER, [ONE_TOKEN], f"chosen-teacher-{stop}", stop_at_eos=stop)[0],
+            "student": measure_all(latest, [decoding], f"chosen-student-{stop}", stop_at_eos=stop)[0],
+        }
+        for stop in (False, True)
+    }
+    report(teacher, by_variant, by_round, chosen, folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""Merging: the plain checkpoint is the adapted model, with everything that it needs."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from golden import CHECKPOINT
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from dparallel.hub_cards import merge_adapter
+from dparallel.modeling import LLaDAModelLM
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
+
+ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
+
+
+@pytest.fixture
+def trained(tmp_path, word_tokenizer):
+    """An adapter after a few large steps, as a user saves it."""
+    model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    args = CertaintyForcingConfig(
+        str(tmp_path / "adapter"), max_steps=3, learning_rate=1e-2, max_length=32, report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, block_length=8,
+    )  # fmt: skip
+    trainer = CertaintyForcingTrainer(
+        model, args, train_dataset=Dataset.from_list(ROWS), processing_class=word_tokenizer,
+        peft_config=LoraConfig(r=4),
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    return trainer.model
+
+
+@pytest.mark.parametrize("from_disk", [False, True])
+def test_merged_equals_unmerged(trained, tmp_path, word_model, word_tokenizer, from_disk):
+    ids = torch.arange(300, 330)[None]
+    with torch.no_grad():
+        expected = trained.eval()(ids).logits
+        assert (expected - word_model(ids).logits).abs().max() > 0.1
+        adapter = tmp_path / "adapter" if from_disk else trained
+        settings = {"unmasking": "entropy_threshold", "threshold": 0.25}
+        merge_adapter(
+            adapter, tmp_path / "merged", None if from_disk else word_tokenizer,
+            model_init_kwargs={"dtype": "float32"}, **settings,
+        )  # fmt: skip
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+        torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    assert not [name for name in merged.state_dict() if "lora" in name]
+    config = merged.generation_config
+    assert (config.unmasking, config.threshold, config.max_new_tokens) == ("entropy_threshold", 0.25, 128)
+
+
+def test_merged_model_needs_no_package(trained, tmp_path, word_tokenizer):
+    merged = merge_adapter(trained, tmp_path / "merged", word_tokenizer, unmasking="entropy_bound", threshold=0.2)
+    prompt = "Sam has 3 books. "
+    ids = torch.tensor([word_tokenizer(prompt)["input_ids"]])
+    expected = merged.eval().generate(ids, unmasking="entropy_bound", threshold=0.2)[0].tolist()
+    code = f"""
+import sys
+sys.modules["dparallel"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained({str(tmp_path / "merged")!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "merged")!r}, trust_remote_code=True)
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+print(model.generate(inputs["input_ids"])[0].tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert run.stdout.strip().splitlines()[-1] == str(expected)
+
+
+def test_what_cannot_be_merged(tmp_path, word_model, word_tokenizer):
+    with pytest.raises(ValueError, match="`adapter` is a LLaDAModelLM without an adapter"):
+        merge_adapter(word_model, tmp_path)
+    model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    with pytest.raises(ValueError, match="`threshold=-1` is not allowed"):
+        merge_adapter(adapted, tmp_path, word_tokenizer, unmasking="entropy_threshold", threshold=-1)
+    assert adapted.base_model.model.model.transformer.blocks[0].q_proj.lora_A  # still there
+    with pytest.raises(ValueError, match="PROMPT_TUNING, which has no weights to merge"):
+        prompts = PromptTuningConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=256, num_layers=6, num_attention_heads=8,
+            num_transformer_submodules=1,
+        )  # fmt: skip
+        merge_adapter(get_peft_model(LLaDAModelLM.from_pretrained(CHECKPOINT), prompts), tmp_path, word_tokenizer)

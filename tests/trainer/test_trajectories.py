@@ -1,0 +1,142 @@
+"""Trajectories: what generate() gives, for every prompt, in order."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+
+from dparallel.trainer import generate_trajectories
+from dparallel.trainer.tokenization import lay_out_tokens
+from dparallel.trainer.trajectories import model_digest
+
+SETTINGS = {"max_new_tokens": 32, "unmasking": "confidence_threshold", "threshold": 0.9}
+
+
+def prompts(count=7):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [{"role": "user", "content": f"Sam has {i} books. " * (1 + i % 3) + "Sam buys 4 more."}],
+                "n": i,
+            }
+            for i in range(count)
+        ]
+    )
+
+
+def test_rows_are_those_of_generate(word_model, word_tokenizer, tmp_path):
+    rows = generate_trajectories(
+        word_model, word_tokenizer, prompts(), tmp_path, lambda row: row["n"] % 2 == 0 and bool(row["response"]),
+        batch_size=3, shard_size=4, seed=5, **SETTINGS,
+    )  # fmt: skip
+    assert rows["n"][:] == list(range(7)) and rows["example_id"][:] == list(range(7))
+    assert rows["correct"][:] == [True, False] * 3 + [True]
+    for row in rows:
+        ids = word_tokenizer.apply_chat_template(
+            row["prompt"], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        output = word_model.generate(ids, return_dict_in_generate=True, **SETTINGS)
+        assert row["prompt_length"] == ids.shape[1]
+        length = len(row["input_ids"]) - row["prompt_length"]
+        assert row["input_ids"] == output.sequences[0, : ids.shape[1] + length].tolist()
+        answer = output.sequences[0, ids.shape[1] :]
+        assert (answer[length:] == word_tokenizer.eos_token_id).all()
+        assert word_tokenizer.eos_token_id not in answer[: length - 1]
+        assert row["unmasking_step"] == output.unmasking_step[0, :length].tolist()
+        assert row["num_forward_passes"] == output.num_forward_passes.item()
+        assert row["response"] == word_tokenizer.decode(answer, skip_special_tokens=True)
+        assert row["seed"] == 5 and json.loads(row["settings"]) == SETTINGS
+
+
+def test_one_token_a_pass_by_default(word_model, word_tokenizer, tmp_path):
+    row = generate_trajectories(word_model, word_tokenizer, prompts(1), tmp_path, max_new_tokens=8)[0]
+    assert sorted(row["unmasking_step"]) == list(range(8)) and row["correct"] is None
+
+
+def test_a_broken_run_goes_on(word_model, word_tokenizer, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "do_sample": True, "temperature": 1.5, "shard_size": 2}
+    expected = generate_trajectories(word_model, word_tokenizer, prompts(), tmp_path / "a", **settings)
+    answers, decode = [], type(word_model).generate
+
+    def fails_at_the_third(self, *args, **kwargs):
+        if len(answers) == 2:
+            raise KeyboardInterrupt
+        answers.append(1)
+        return decode(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(word_model), "generate", fails_at_the_third)
+        generate_trajectories(word_model, word_tokenizer, prompts(), tmp_path / "b", **settings)
+    rows = generate_trajectories(word_model, word_tokenizer, prompts(), tmp_path / "b", **settings)
+    assert rows.to_list() == expected.to_list()
+    other = generate_trajectories(word_model, word_tokenizer, prompts(), tmp_path / "c", **settings, seed=1)
+    assert other["input_ids"][:] != expected["input_ids"][:]
+
+
+def test_changes_are_noticed(word_model, word_tokenizer, llada, tmp_path):
+    def run(model=word_model, rows=None, **changes):
+        return generate_trajectories(model, word_tokenizer, rows or prompts(), tmp_path, **(SETTINGS | changes))
+
+    first = run(judge=lambda row: True)
+    for changes, name in (
+        ({"threshold": 0.8}, "`generate` was"),
+        ({"seed": 1}, "`seed` was 0, is 1"),
+        ({"rows": prompts(6)}, "`prompts` was"),
+        ({"rows": prompts().map(lambda row: {"n": row["n"] + 1})}, "`prompts` was"),
+    ):
+        with pytest.raises(ValueError, match=name):
+            run(**changes)
+    weight = word_model.model.transformer.ln_f.weight
+    with torch.no_grad():
+        weight[3] += 0.01
+        with pytest.raises(ValueError, match="`model` was"):
+            run()
+        weight[3] -= 0.01
+    weight.data.copy_(weight.data.bfloat16())  # as it was loaded
+    again = run(judge=lambda row: False, batch_size=2)
+    assert again["input_ids"][:] == first["input_ids"][:] and not any(again["correct"][:])
+
+
+def test_the_digest_knows_weights_and_configuration(llada):
+    digest = model_digest(llada)
+    assert digest == model_digest(llada)
+    llada.config.rope_theta, theta = 7.0, llada.config.rope_theta
+    assert model_digest(llada) != digest
+    llada.config.rope_theta = theta
+    assert model_digest(llada) == digest
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([], {}, "`prompts` must be a non-empty"),
+        ([{"question": "a"}], {}, r"a column `prompt`, but got \['question'\]"),
+        ([{"prompt": "a", "correct": 1}], {}, r"has the columns \['correct'\]"),
+        ([{"prompt": ""}], {}, "`prompt=''` is empty"),
+        ([{"prompt": "a"}], {"num_return_sequences": 2}, "`num_return_sequences=2` must be 1"),
+        (
+            [{"prompt": "a"}, {"prompt": "Sam " * 2020}],
+            {"max_new_tokens": 64},
+            "Prompt 1 has 20[0-9]+ tokens: with `max_new_tokens=64`",
+        ),
+        ([{"prompt": "a"}], {**SETTINGS, "threshold": 2.0}, "`threshold=2.0` is not allowed"),
+        ([{"prompt": "a"}], {"shard_size": 0}, "`shard_size=0` is not allowed"),
+    ],
+)
+def test_bad_input(word_model, word_tokenizer, tmp_path, rows, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generate_trajectories(word_model, word_tokenizer, Dataset.from_list(rows), tmp_path, **settings)
+
+
+def test_layout_of_trajectories():
+    """A response that ends is filled up with end-of-text, which the teacher never wrote; one that was cut is not."""
+    row = {"input_ids": [5, 6, 7, 8, 0], "prompt_length": 2, "unmasking_step": [1, 0, 2]}
+    assert lay_out_tokens(row, 0, response_length=5) == {
+        "input_ids": [5, 6, 7, 8, 0, 0, 0], "prompt_length": 2, "unmasking_step": [-1, -1, 1, 0, 2, -1, -1],
+    }  # fmt: skip
+    assert lay_out_tokens(row, 0, max_length=6)["input_ids"] == [5, 6, 7, 8, 0, 0]
+    assert lay_out_tokens(row, 0, max_length=4)["unmasking_step"] == [-1, -1, 1, 0]
+    assert lay_out_tokens(row, 9, max_length=7)["input_ids"] == [5, 6, 7, 8, 0]
+    with pytest.raises(ValueError, match="has 2 numbers for 3 response tokens"):
+        lay_out_tokens({**row, "unmasking_step": [1, 0]}, 0)

@@ -1,0 +1,97 @@
+"""Arguments of CertaintyForcingTrainer."""
+
+from dataclasses import dataclass, field
+
+from dparallel.modeling import POLICIES
+
+from .masked_diffusion_config import MaskedDiffusionConfig
+
+MASKINGS = ("block", "response", "trajectory")
+
+
+@dataclass
+class CertaintyForcingConfig(MaskedDiffusionConfig):
+    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. The defaults are dParallel's published
+    ones for LLaDA.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    masking: str = field(
+        default="block",
+        metadata={
+            "help": "Which tokens are hidden. 'block': of a random block, with all behind it hidden and not scored "
+            "(LLaDA). 'response': of the whole response (Dream). 'trajectory': as 'block', but in the order in which "
+            "the teacher wrote them, from the column `unmasking_step`.",
+            "choices": list(MASKINGS),
+        },
+    )
+    block_length: int | None = field(
+        default=32, metadata={"help": "Tokens per block; the last one may be shorter. Not used by 'response'."}
+    )
+    mask_ratio: float = field(
+        default=0.5, metadata={"help": "Share of the block or response that the first view hides, in (0, 1]."}
+    )
+    mask_ratio_low: float | None = field(
+        default=None, metadata={"help": "Draw the ratio of each example uniformly from this to `mask_ratio`."}
+    )
+    complementary: bool = field(
+        default=True, metadata={"help": "Add a second view that scores the tokens that the first one leaves."}
+    )
+    block_length_start: int | None = field(
+        default=None, metadata={"help": "Let the block length grow from this to `block_length` during training."}
+    )
+    mask_ratio_start: float | None = field(
+        default=None, metadata={"help": "Let the mask ratio go from this to `mask_ratio` during training."}
+    )
+    trajectory_weight: float = field(
+        default=1.0, metadata={"help": "Weight of the cross-entropy with the teacher's answer."}
+    )
+    certainty_weight: float = field(
+        default=2.0, metadata={"help": "Weight of the entropy of tokens that are predicted right already."}
+    )
+    certainty_temperature: float = field(default=0.5, metadata={"help": "Temperature of that entropy, above 0."})
+    unmasking: str = field(
+        default="entropy_threshold",
+        metadata={
+            "help": "Policy that the student will decode with: for `unmasked_share` in the log, and for evaluation.",
+            "choices": [name for name, policy in POLICIES.items() if not policy.is_scheduled],
+        },
+    )
+    threshold: float | None = field(default=None, metadata={"help": "Its threshold; None for the policy's default."})
+    eval_decoding_samples: int = field(
+        default=0,
+        metadata={"help": "At evaluation, decode the first N prompts of the evaluation dataset. 0: no decoding."},
+    )
+    eval_max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers that are decoded."})
+    eval_decoding_batch_size: int = field(default=8, metadata={"help": "Prompts that each process decodes at a time."})
+
+    def __post_init__(self):
+        super().__post_init__()
+
+        def require(condition, name, allowed):
+            if not condition:
+                raise ValueError(f"`{name}={getattr(self, name)!r}` is not allowed: it must be {allowed}.")
+
+        require(self.masking in MASKINGS, "masking", f"one of {', '.join(map(repr, MASKINGS))}")
+        require(self.block_length is not None, "block_length", "at least 1 (`masking='response'` ignores it)")
+        start = self.block_length_start
+        require(start is None or 1 <= start, "block_length_start", "at least 1, or None")
+        require(0 < self.mask_ratio <= 1, "mask_ratio", "above 0 and at most 1")
+        for name in ("mask_ratio_low", "mask_ratio_start"):
+            require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "from 0 to 1, or None")
+        require(0 <= self.trajectory_weight, "trajectory_weight", "at least 0")
+        require(0 <= self.certainty_weight, "certainty_weight", "at least 0")
+        require(0 < self.certainty_temperature, "certainty_temperature", "above 0")
+        thresholded = [name for name, policy in POLICIES.items() if not policy.is_scheduled]
+        require(self.unmasking in thresholded, "unmasking", f"one of {', '.join(map(repr, thresholded))}")
+        policy = POLICIES[self.unmasking]
+        if self.threshold is None:
+            self.threshold = policy.default
+        require(policy.allows(self.threshold), "threshold", f"{policy.range} for `unmasking={self.unmasking!r}`")
+        require(self.eval_decoding_samples >= 0, "eval_decoding_samples", "at least 0")
+        for name in ("eval_max_new_tokens", "eval_decoding_batch_size"):
+            require(getattr(self, name) >= 1, name, "at least 1")
+        default = type(self).__dataclass_fields__["loss_weighting"].default
+        require(self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens")

@@ -1,0 +1,161 @@
+"""Certainty-forcing distillation: learn a teacher's answers while right predictions are pushed towards certainty."""
+
+from itertools import islice
+
+from accelerate.utils import gather_object
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedModel
+
+from dparallel.modeling import POLICIES, token_statistics
+
+from .certainty_forcing_config import CertaintyForcingConfig
+from .losses import certainty_forcing_losses, prediction_metrics
+from .masked_diffusion_trainer import MaskedDiffusionTrainer
+from .masking import EVALUATION_EPOCH, complementary_masks
+from .tokenization import tokenize_prompt
+from .trajectories import decode_prompts
+
+
+class CertaintyForcingTrainer(MaskedDiffusionTrainer):
+    """dParallel's distillation ("dParallel: Learnable Parallel Decoding for dLLMs", https://arxiv.org/abs/2509.26488).
+
+    Of each example a span is drawn, a block of the response or all of it, and seen twice, with complementary tokens
+    hidden. The loss of an example is the sum over both views of `trajectory_weight` times the mean cross-entropy with
+    the teacher's answer, plus `certainty_weight` times the mean entropy of those predictions that are right already.
+
+    Args:
+        judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row of the evaluation dataset with
+            the decoded text as `response`. Used with `eval_decoding_samples`.
+        model, args, train_dataset, eval_dataset, ...: as for `MaskedDiffusionTrainer`; `args` is a
+            `CertaintyForcingConfig`. `train_dataset` usually comes from `generate_trajectories`, wrong answers left
+            out; any prompts with answers will do (rows with `unmasking_step` for `masking="trajectory"`).
+
+    Logged besides the loss: `trajectory_loss` and `certainty_loss`, each the sum over both views, before weighting;
+    `masked_accuracy`, `mean_confidence` and `mean_entropy` (nats) of the scored tokens; `unmasked_share`, the share of
+    them that decoding with `unmasking` and `threshold` would write in this pass. At evaluation the same with the
+    prefix `eval_`, and with `eval_decoding_samples` what decoding takes: `eval_nfe` (passes per prompt), `eval_tpf`
+    (tokens up to the end-of-text, over the passes), `eval_decoding_accuracy` (with a `judge`). All of them can be
+    `metric_for_best_model`; the published recipe over-trains, so choose the checkpoint by them.
+    """
+
+    _tag_names = ["dparallel", "diffusion", "dllm", "certainty-forcing"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel,
+        args: CertaintyForcingConfig | None = None,
+        data_collator=None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset | IterableDataset | dict | None = None,
+        processing_class=None,
+        compute_metrics=None,
+        callbacks=None,
+        optimizers=(None, None),
+        peft_config=None,
+        judge=None,
+    ):
+        if args is None:
+            args = CertaintyForcingConfig(output_dir="certainty-forcing")
+        if not isinstance(args, CertaintyForcingConfig):
+            raise ValueError(f"`args` is a {type(args).__name__}: it must be a CertaintyForcingConfig.")
+        super().__init__(
+            model,
+            args,
+            data_collator,
+            train_dataset,
+            eval_dataset,
+            processing_class,
+            compute_metrics,
+            callbacks,
+            optimizers,
+            peft_config,
+        )
+        self.judge = judge
+        self._raw_eval_dataset = eval_dataset
+
+    def draw_masks(self, inputs, response, **randomness):
+        args = self.args
+        if args.masking == "trajectory" and "unmasking_step" not in inputs:
+            raise ValueError(
+                "`masking='trajectory'` needs the column `unmasking_step` in the dataset, as `generate_trajectories` "
+                "writes it."
+            )
+        is_evaluation = randomness["epoch"] == EVALUATION_EPOCH
+        progress = 1.0 if is_evaluation else self.state.global_step / max(self.state.max_steps, 1)
+
+        def grown(start, stop):
+            return stop if start is None else start + progress * (stop - start)
+
+        ratio = grown(args.mask_ratio_start, args.mask_ratio)
+        masks = complementary_masks(
+            response,
+            None if args.masking == "response" else round(grown(args.block_length_start, args.block_length)),
+            (ratio if args.mask_ratio_low is None else args.mask_ratio_low, ratio),
+            inputs["unmasking_step"] if args.masking == "trajectory" else None,
+            **randomness,
+        )
+        return masks if args.complementary else type(masks)(*(tensor[: len(response)] for tensor in masks))
+
+    def losses_and_metrics(self, logits, labels, scored, masks):
+        args = self.args
+
+        def over_views(rows):
+            return rows.view(2 if args.complementary else 1, -1).sum(dim=0)
+
+        trajectory, certainty = map(
+            over_views, certainty_forcing_losses(logits, labels, scored, args.certainty_temperature)
+        )
+        statistics = token_statistics(logits.detach(), self.mask_token_id)
+        unmasked = POLICIES[args.unmasking].select(statistics, scored, threshold=args.threshold)
+        of_tokens = prediction_metrics(statistics, labels, scored)
+        of_tokens["unmasked_share"] = (unmasked.sum(dim=1), scored.sum(dim=1))
+        ones = trajectory.new_ones(trajectory.shape)
+        metrics = {"trajectory_loss": (trajectory, ones), "certainty_loss": (certainty, ones)}
+        metrics |= {name: tuple(map(over_views, pair)) for name, pair in of_tokens.items()}
+        return args.trajectory_weight * trajectory + args.certainty_weight * certainty, metrics
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # The prepared dataset has lost the columns that the judge may want.
+        raw = eval_dataset
+        if eval_dataset is None or eval_dataset is self.eval_dataset:
+            raw = self._raw_eval_dataset
+        elif isinstance(eval_dataset, str):
+            raw = self._raw_eval_dataset[eval_dataset]
+        self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
+        return super().get_eval_dataloader(eval_dataset)
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.args.eval_decoding_samples:
+            decoding = self._decode(self._decoding_rows)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in decoding.items()})
+        return output
+
+    def _decode(self, rows):
+        """Decode each process's share of `rows`, and count over all."""
+        world, mine = self.args.world_size, rows[self.args.process_index :: self.args.world_size]
+        mine += rows[: -(-len(rows) // world) - len(mine)]  # every process has as many passes to take part in
+        decoded = []
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        for start in range(0, len(mine), self.args.eval_decoding_batch_size):
+            batch = mine[start : start + self.args.eval_decoding_batch_size]
+            decoded += decode_prompts(
+                model,
+                self.processing_class,
+                [tokenize_prompt(row.get("prompt") or row["messages"][:-1], self.processing_class) for row in batch],
+                max_new_tokens=self.args.eval_max_new_tokens,
+                unmasking=self.args.unmasking,
+                threshold=self.args.threshold,
+            )
+        counted = len(rows[self.args.process_index :: world])
+        passes = [row["num_forward_passes"] for row in decoded[:counted]]
+        tokens = [len(row["unmasking_step"]) for row in decoded[:counted]]
+        right = []
+        if self.judge is not None:
+            pairs = zip(mine[:counted], decoded, strict=False)
+            right = [bool(self.judge({**row, "response": answer["response"]})) for row, answer in pairs]
+        passes, tokens, right = gather_object(passes), gather_object(tokens), gather_object(right)
+        metrics = {"nfe": sum(passes) / len(passes), "tpf": sum(tokens) / sum(passes)}
+        if right:
+            metrics["decoding_accuracy"] = sum(right) / len(right)
+        return metrics

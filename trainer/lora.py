@@ -1,0 +1,64 @@
+"""Which modules an adapter goes to."""
+
+import copy
+import re
+
+from peft import LoraConfig
+from torch import nn
+
+# By model type: the projections of all blocks, by the family's own names. Full patterns, because the end of a name can
+# mean more than it seems to: `ff_out` is a projection of LLaDA's blocks, and also its head.
+ALL_PROJECTIONS = {
+    "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
+}
+# What remains of dParallel's published list (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) in each family:
+# its code passes over names that a model does not have.
+PUBLISHED_PROJECTIONS = {
+    "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|up_proj)",
+}
+
+
+def complete_lora_config(model, config):
+    """A `LoraConfig` whose `target_modules` are settled and known to exist; other adapters' configs as they are.
+
+    `target_modules` may be `"all"` or None: all projections, but not the head; in families that this package does not
+    know, peft's `"all-linear"`. `"published"`: those that the published dParallel code adapts. Otherwise, as in peft,
+    a list of name endings or a pattern; the head is left out unless `exclude_modules` is given.
+
+    Raises:
+        ValueError: naming the target that no module has.
+    """
+    if not isinstance(config, LoraConfig):
+        return config
+    config, family = copy.deepcopy(config), model.config.model_type
+    if config.target_modules in (None, "all"):
+        config.target_modules = ALL_PROJECTIONS.get(family, "all-linear")
+    elif config.target_modules == "published":
+        if family not in PUBLISHED_PROJECTIONS:
+            known = ", ".join(map(repr, PUBLISHED_PROJECTIONS))
+            raise ValueError(f"`target_modules='published'` is known for the model types {known}, not for {family!r}.")
+        config.target_modules = PUBLISHED_PROJECTIONS[family]
+    elif config.target_modules != "all-linear":
+        _check_targets(model, config.target_modules)
+    if config.exclude_modules is None:
+        head = model.get_output_embeddings()
+        config.exclude_modules = [name for name, module in model.named_modules() if module is head] or None
+    return config
+
+
+def _check_targets(model, target_modules):
+    """peft is content if one of the names matches."""
+    names = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    if isinstance(target_modules, str):
+        missing = [] if any(re.fullmatch(target_modules, name) for name in names) else [target_modules]
+    else:
+        endings = [f".{name}" for name in names]
+        missing = sorted(
+            target for target in target_modules if not any(name.endswith(f".{target}") for name in endings)
+        )
+    if missing:
+        known = sorted({name.rpartition(".")[2] for name in names})
+        raise ValueError(
+            f"`target_modules` names {missing}, which no module of {type(model).__name__} has: its linear modules are "
+            f"{known}."
+        )

@@ -1,0 +1,78 @@
+"""Long jobs that survive being killed: rows are written in shards, and a rerun computes those that are missing."""
+
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+from tqdm import tqdm
+
+
+def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) -> Dataset:
+    """Compute rows for `items`, shard by shard, on all processes, and return them in the order of the items.
+
+    A shard is an Arrow file in `folder` that appears complete or not at all. After a kill at any moment, the same
+    call goes on with the missing ones, with any number of processes. What is in a shard must depend on its items, its
+    number and the settings alone, so draw random numbers from a generator that is seeded by them.
+
+    Args:
+        function (`Callable[[int, Sequence], list[dict]]`): a shard's number and items to its rows, any number of them.
+        items (`Sequence`): that slices, as a list or a `Dataset.select` does; the same on every process.
+        folder (`str` or `Path`): of this job alone.
+        settings (`dict`): what the rows depend on, as JSON: saved beside the shards, and compared by a rerun.
+        shard_size (`int`): items per shard, at least 1. It is one of the settings.
+        desc (`str`, *optional*): of the progress bar, which counts the items of the first process's shards.
+
+    Raises:
+        ValueError: if the folder holds shards that were made with other settings, naming those.
+    """
+    if not isinstance(shard_size, int) or shard_size < 1:
+        raise ValueError(f"`shard_size={shard_size!r}` is not allowed: it must be an integer of at least 1.")
+    state, folder = PartialState(), Path(folder)
+    num_shards = -(-len(items) // shard_size)
+    paths = [folder / f"shard-{number:05d}.arrow" for number in range(num_shards)]
+    settings = json.loads(json.dumps({**settings, "num_items": len(items), "shard_size": shard_size}))
+    # Every process compares, so that all of them stop; one alone would leave the others waiting.
+    with state.main_process_first():
+        _claim_folder(folder, settings, state.is_main_process)
+    mine = range(state.process_index, num_shards, state.num_processes)
+    slices = {number: range(number * shard_size, min((number + 1) * shard_size, len(items))) for number in mine}
+    with tqdm(total=sum(map(len, slices.values())), desc=desc, disable=not state.is_main_process) as progress:
+        for number in mine:
+            if not paths[number].exists():
+                part = slices[number]
+                shard = items.select(part) if isinstance(items, Dataset) else items[part.start : part.stop]
+                temporary = paths[number].with_suffix(f".{os.getpid()}.tmp")
+                table = Dataset.from_list(function(number, shard)).data.table
+                with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                    stream.write_table(table)
+                os.replace(temporary, paths[number])
+            progress.update(len(slices[number]))
+    state.wait_for_everyone()
+    return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
+
+
+def _claim_folder(folder, settings, is_main_process):
+    """Compare the settings with those of the shards that are there; without shards, write them."""
+    path = folder / "settings.json"
+    if any(folder.glob("shard-*.arrow")):
+        if not path.exists():
+            raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
+        saved = json.loads(path.read_text())
+        changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+        if changed:
+            differences = "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"{folder} holds the shards of a job with other settings: {differences}. Choose another folder, or "
+                f"delete this one."
+            )
+    elif is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(settings, indent=2))
+        os.replace(temporary, path)
+    if is_main_process:
+        for leftover in folder.glob("shard-*.tmp"):  # of a killed run
+            leftover.unlink()

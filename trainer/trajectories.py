@@ -1,0 +1,158 @@
+"""A teacher's decoding trajectories: its answers, and the order in which it wrote them."""
+
+import hashlib
+import json
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from .resumable_shards import map_in_shards
+from .tokenization import tokenize_prompt
+
+COLUMNS = "example_id input_ids prompt_length response num_forward_passes unmasking_step correct seed settings".split()
+
+
+def generate_trajectories(
+    model,
+    tokenizer,
+    prompts: Dataset,
+    output_dir,
+    judge=None,
+    *,
+    batch_size=16,
+    shard_size=512,
+    seed=0,
+    num_proc=None,
+    max_new_tokens=256,
+    unmasking="confidence",
+    **settings,
+) -> Dataset:
+    """Let a teacher answer prompts with `model.generate()`, by default greedily and one token a pass: the slow
+    trajectory that dParallel distils (https://arxiv.org/abs/2509.26488, section 3.1).
+
+    Work is spread over the processes of `accelerate launch`, and saved as it goes: after a kill, the same call goes on
+    with what is missing and gives the same rows as an unbroken run. Prompts of similar length share a batch.
+
+    Args:
+        model (`PreTrainedModel`): the teacher, on its device.
+        tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
+        prompts (`Dataset`): with a column `prompt` of text or messages; other columns are carried along.
+        output_dir (`str` or `Path`): where shards go; one folder for one job.
+        judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and is
+            asked at the end, for all rows, so that a changed judge needs no new decoding.
+        batch_size (`int`): prompts per batch. It may change between runs, after running out of memory for example;
+            answers do not depend on it, but for rounding and for sampled ones.
+        shard_size (`int`): prompts per shard.
+        seed (`int`): of sampling.
+        num_proc (`int`, *optional*): processes for tokenizing.
+        max_new_tokens (`int`), unmasking (`str`), settings: arguments of `generate()`.
+
+    Returns:
+        `Dataset`, one row for each prompt and in their order: the columns of `prompts`; `example_id`, the prompt's
+        number; `input_ids`, prompt and answer up to and including the end-of-text; `prompt_length`, the tokens of the
+        prompt; `response`, the answer's text; `num_forward_passes`; `unmasking_step`, for each token of the answer the
+        pass (0, 1, ...) that wrote it; `correct` (None without a judge); `seed` and `settings` (JSON). It trains as it
+        is: `dataset.filter(lambda row: row["correct"])`.
+
+    Raises:
+        ValueError: before any decoding, if prompts cannot be used, or if `output_dir` holds trajectories of another
+            model, other prompts or other settings, naming what differs.
+    """
+    if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or len(prompts) == 0:
+        got = getattr(prompts, "column_names", None) or type(prompts).__name__
+        raise ValueError(f"`prompts` must be a non-empty `datasets.Dataset` with a column `prompt`, but got {got}.")
+    taken = sorted(set(COLUMNS) & set(prompts.column_names))
+    if taken:
+        raise ValueError(f"`prompts` has the columns {taken}, which the trajectories need: rename them.")
+    if settings.get("num_return_sequences", 1) != 1:
+        raise ValueError(f"`num_return_sequences={settings['num_return_sequences']!r}` must be 1: repeat the prompts.")
+    settings = {"max_new_tokens": max_new_tokens, "unmasking": unmasking, **settings}
+    limit = getattr(model.config, "max_position_embeddings", None)
+    with PartialState().main_process_first():  # the other processes find the result in the cache
+        prompts = prompts.map(
+            lambda row: {"input_ids": tokenize_prompt(row["prompt"], tokenizer)}, num_proc=num_proc, desc="Tokenizing"
+        )
+    digest = hashlib.blake2b(digest_size=16)
+    for number, row in enumerate(prompts):
+        length = len(row["input_ids"])
+        if limit is not None and length + max_new_tokens > limit:
+            raise ValueError(
+                f"Prompt {number} has {length} tokens: with `max_new_tokens={max_new_tokens}` that is more than "
+                f"`config.max_position_embeddings={limit}`. Leave such prompts out, or lower `max_new_tokens`."
+            )
+        digest.update(repr(row).encode())
+    model.eval()
+
+    def decode_shard(number, shard):
+        rows = list(shard)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
+        generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
+        for start in range(0, len(rows), batch_size):
+            chosen = order[start : start + batch_size]
+            ids = [rows[i]["input_ids"] for i in chosen]
+            answers = decode_prompts(model, tokenizer, ids, generator=generator, **settings)
+            for i, answer in zip(chosen, answers, strict=True):
+                rows[i] |= {"example_id": number * shard_size + i, **answer}
+        return rows
+
+    job = {
+        "model": model_digest(model),
+        "prompts": digest.hexdigest(),
+        "seed": seed,
+        "generate": settings,
+    }
+    dataset = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
+    described = json.dumps(settings)
+
+    def complete(row):
+        correct = None if judge is None else bool(judge(row))
+        return {"correct": correct, "seed": seed, "settings": described}
+
+    return dataset.map(complete, desc="Judging", load_from_cache_file=False)
+
+
+def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
+    """Answer one batch of prompts, each a list of token ids, with `model.generate(**settings)`.
+
+    Returns:
+        For each prompt: `input_ids` (prompt and answer, up to and including the end-of-text), `prompt_length`,
+        `response` (text), `num_forward_passes`, and `unmasking_step` (of the answer's tokens).
+    """
+    width = max(map(len, prompts))
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    input_ids = torch.zeros_like(mask)
+    input_ids[mask.bool()] = torch.tensor([token for row in prompts for token in row])
+    output = model.generate(
+        input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        tokenizer=tokenizer,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    answers, steps = output.sequences[:, width:].tolist(), output.unmasking_step.tolist()
+    lengths = (output.tokens_per_forward * output.num_forward_passes).round().long().tolist()
+    return [
+        {
+            "input_ids": [*prompt, *answer[:length]],
+            "prompt_length": len(prompt),
+            "response": tokenizer.decode(answer[:length], skip_special_tokens=True),
+            "num_forward_passes": passes,
+            "unmasking_step": step[:length],
+        }
+        for prompt, answer, step, length, passes in zip(
+            prompts, answers, steps, lengths, output.num_forward_passes.tolist(), strict=True
+        )
+    ]
+
+
+def model_digest(model) -> str:
+    """Changes with every weight and with the configuration, and costs one reading of the weights."""
+    ignored = ("_name_or_path", "transformers_version")
+    config = {name: value for name, value in model.config.to_diff_dict().items() if name not in ignored}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    for name, tensor in model.state_dict().items():
+        checksum = tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.long).item()
+        digest.update(f"{name} {tuple(tensor.shape)} {checksum}".encode())
+    return digest.hexdigest()

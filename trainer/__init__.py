@@ -3,7 +3,7 @@
 from .certainty_forcing_config import CertaintyForcingConfig
 from .certainty_forcing_trainer import CertaintyForcingTrainer
 from .masked_diffusion_config import MaskedDiffusionConfig
-from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
+from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer, last_complete_checkpoint
 from .trajectories import generate_trajectories
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "MaskedDiffusionConfig",
     "MaskedDiffusionTrainer",
     "generate_trajectories",
+    "last_complete_checkpoint",
 ]

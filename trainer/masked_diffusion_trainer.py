@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState, set_seed
 
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
@@ -212,6 +212,13 @@ class MaskedDiffusionTrainer(Trainer):
             eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", self.processing_class, self.args)
         return super().get_eval_dataloader(eval_dataset)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        if resume_from_checkpoint is True:
+            # Without one, Trainer says so.
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
     def _run_epoch(self, model, epoch, *args, **kwargs):
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
         return super()._run_epoch(model, epoch, *args, **kwargs)
@@ -304,3 +311,15 @@ class MaskedDiffusionTrainer(Trainer):
     def create_model_card(self, *args, tags=None, **kwargs):
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         super().create_model_card(*args, tags=[*tags, *self._tag_names], **kwargs)
+
+
+def last_complete_checkpoint(output_dir) -> str | None:
+    """The last checkpoint in a folder that was written to its end: a kill while it was saved leaves a part of one."""
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        try:
+            state = TrainerState.load_from_json(str(path / "trainer_state.json"))  # what Trainer writes last
+        except (OSError, ValueError):
+            continue
+        steps[state.global_step] = str(path)
+    return steps[max(steps)] if steps else None

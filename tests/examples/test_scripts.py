@@ -1,13 +1,22 @@
 """The example scripts as a user runs them."""
 
+import json
 import math
 import os
+import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import distillation
 import pytest
 from evaluation import Result
+from golden import CHECKPOINT
+from judges import final_number
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -49,3 +58,125 @@ def test_interval_is_wilsons():
     for p in (low, high):  # the ends are where the normal test just holds
         assert abs(0.93 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 100))
     assert low < result.accuracy < high
+
+
+# --- distillation ----------------------------------------------------------------------------------------------------
+
+PROMPTS = [
+    {"question": f"Sam has {i} {what}. Sam buys {i + 2} more. How many {what} does Sam have now?", "answer": 2 * i + 2}
+    for i, what in enumerate("books beads coins shells nuts pens stones stamps".split(), start=3)
+]
+DISTILL = f"""--model_name_or_path {CHECKPOINT} --dtype float32 --dataset_name prompts.jsonl --prompt_column question
+--judge {EXAMPLES / "judges.py"}:final_number --teacher_max_new_tokens 64 --teacher_unmasking entropy_threshold
+--teacher_threshold 0.1 --shard_size 2 --teacher_batch_size 2 --output_dir out --use_cpu true --report_to none
+--per_device_train_batch_size 2 --max_length 128 --save_strategy steps --save_steps 1 --learning_rate 1e-3""".split()
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+
+
+@pytest.mark.parametrize("use_peft", [True, False])
+def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, use_peft):
+    flags = [*DISTILL, "--max_steps", 2, "--threshold", 0.3, "--eval_size", 2, "--eval_strategy", "steps"]
+    flags += ["--eval_steps", 2, "--eval_decoding_samples", 2, "--eval_max_new_tokens", 64]
+    result = run("distill.py", *flags, *(["--use_peft"] if use_peft else []), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "answers are right" in result.stdout and "eval_decoding_accuracy" in result.stdout
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", trust_remote_code=True)
+    assert (model.generation_config.unmasking, model.generation_config.threshold) == ("entropy_threshold", 0.3)
+    assert (tmp_path / "out" / "merged" / "tokenizer.json").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() == use_peft
+
+
+@pytest.mark.slow
+def test_distill_killed_at_random_ends_like_an_unbroken_run(tmp_path, prompts_file):
+    """While prompts are answered, in training, and while a checkpoint is written."""
+    flags = list(map(str, [*DISTILL, "--use_peft", "--max_steps", 30]))
+    (tmp_path / "other").mkdir()
+    os.link(tmp_path / "prompts.jsonl", tmp_path / "other" / "prompts.jsonl")
+    assert run("distill.py", *flags, cwd=tmp_path / "other").returncode == 0
+    moments, kills = random.Random(0), 0
+    while kills < 8:
+        process = subprocess.Popen(
+            [sys.executable, EXAMPLES / "distill.py", *flags], cwd=tmp_path, stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(moments.uniform(4, 8))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert kills >= 2
+    result = run("distill.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    one, other = (
+        load_file(folder / "out" / "merged" / "model.safetensors") for folder in (tmp_path, tmp_path / "other")
+    )
+    assert all((one[name] == other[name]).all() for name in other)
+
+
+@pytest.mark.slow
+def test_trajectories_killed_twenty_times(tmp_path, prompts_file):
+    flags = [*DISTILL[: DISTILL.index("--output_dir")], "--trajectories_dir"]
+    assert run("generate_trajectories.py", *flags, "unbroken", cwd=tmp_path).returncode == 0
+    moments = random.Random(1)
+    for _ in range(20):
+        process = subprocess.Popen(
+            [sys.executable, EXAMPLES / "generate_trajectories.py", *flags, "killed"], cwd=tmp_path,
+            stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
+        time.sleep(moments.uniform(3.5, 6))
+        process.kill()
+        process.wait()
+    result = run("generate_trajectories.py", *flags, "killed", cwd=tmp_path)
+    assert result.returncode == 0 and "8 trajectories of" in result.stdout, result.stderr
+    one, other = (distillation.Dataset.load_from_disk(tmp_path / name / "dataset") for name in ("killed", "unbroken"))
+    assert one.to_list() == other.to_list()
+
+
+def test_distill_says_what_is_wrong(tmp_path, prompts_file):
+    flags = DISTILL.copy()
+    flags[flags.index("question")] = "problem"
+    result = run("distill.py", *flags, cwd=tmp_path)
+    assert "`prompt_column='problem'` must be one of ['question', 'answer']" in result.stderr
+    flags = DISTILL.copy()
+    flags[flags.index("--judge") + 1] = "nowhere.py:judge"
+    assert "there is no file 'nowhere.py'" in run("distill.py", *flags, cwd=tmp_path).stderr
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "is_right"),
+    [
+        ("#### 1,234", "it is 1234.", True),
+        ("2 + 2 = <<2+2=4>>4\n#### 4", "4 apples, so 5", False),
+        ("-3", "The answer is -3", True),
+        ("12.5", "12.50 dollars", True),
+        ("7", "seven", False),
+    ],
+)
+def test_final_number(answer, response, is_right):
+    assert final_number({"answer": answer, "response": response}) == is_right
+
+
+def test_passes_at_an_accuracy_are_interpolated():
+    points = [(8, 0.5), (10, 0.9), (20, 0.95)]
+    assert distillation.nfe_at(points, 0.7) == pytest.approx(9)
+    assert distillation.nfe_at(points, 0.95) == pytest.approx(20)
+    assert distillation.nfe_at(points, 0.4) == 8 and distillation.nfe_at(points, 0.96) is None
+    assert distillation.spread([9.0, 10.0, 11.0]) == "10.0 (9.0 to 11.0)"
+    assert distillation.spread([9.0, None]) == "reached by 1 of 2 seeds"
+
+
+@pytest.mark.slow
+def test_the_proof_runs_and_goes_on(tmp_path):
+    flags = "--num_prompts 8 --max_steps 1 --batch_size 2 --problems 2 --seeds 0 --rounds 2 --output_dir out".split()
+    result = run("word_problems/distillation.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "| round 2 |" in result.stdout and (tmp_path / "out" / "accuracy_against_nfe.png").stat().st_size > 10_000
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", trust_remote_code=True)
+    assert model.generation_config.unmasking in ("entropy_threshold", "entropy_bound")
+    again = run("word_problems/distillation.py", *flags, cwd=tmp_path)
+    assert again.stdout.splitlines()[-12:] == result.stdout.splitlines()[-12:] and "trained in" not in again.stdout

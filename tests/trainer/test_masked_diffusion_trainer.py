@@ -11,7 +11,12 @@ from torch.nn import functional as F
 from transformers import TrainingArguments
 
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
-from dparallel.trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionConfig, MaskedDiffusionTrainer
+from dparallel.trainer import (
+    DataCollatorForMaskedDiffusion,
+    MaskedDiffusionConfig,
+    MaskedDiffusionTrainer,
+    last_complete_checkpoint,
+)
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
@@ -239,6 +244,19 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
     resumed = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     assert torch.equal(unbroken, resumed)
+
+
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokenizer):
+    options = {"max_steps": 6, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    unbroken = weights_after(make_trainer(tmp_path, word_tokenizer, **options))
+    (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text('{"global_')
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    trainer = make_trainer(tmp_path, word_tokenizer, model=small_model(seed=5), **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(unbroken, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    with pytest.raises(ValueError, match="No valid checkpoint found"):
+        make_trainer(tmp_path / "new", word_tokenizer).train(resume_from_checkpoint=True)
 
 
 def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer):

@@ -1,0 +1,92 @@
+"""Certainty-forcing distillation: prompts, or trajectories, in; a merged model out.
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/distill.py \\
+        --config examples/recipes/llada_8b.yaml --output_dir runs/llada
+
+A dataset that has answers (`completion`, `messages`, or the columns of `generate_trajectories.py`) is learned as it
+is. One with prompts alone is answered by the model first, into OUTPUT_DIR/trajectories. Answers that were judged wrong
+are left out. Started again after a kill, it goes on from the last checkpoint. OUTPUT_DIR/merged is the plain model,
+with remote code, tokenizer, and the policy and threshold that it was distilled for.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from generate_trajectories import (
+    TrajectoryArguments,
+    init_kwargs,
+    load_judge,
+    load_rows,
+    teacher_trajectories,
+)
+from transformers import AutoTokenizer
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from dparallel.hub_cards import merge_adapter
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, last_complete_checkpoint
+
+
+@dataclass
+class DistillArguments(TrajectoryArguments):
+    eval_size: int = field(
+        default=0, metadata={"help": "Examples that are held out for evaluation (see `eval_strategy`)."}
+    )
+
+
+def training_rows(arguments, model_arguments, output_dir):
+    """Rows with answers: those of the dataset, or the teacher's, without the wrong ones."""
+    rows = load_rows(arguments)
+    if not {"completion", "messages", "input_ids"} & set(rows.column_names):
+        arguments.trajectories_dir = arguments.trajectories_dir or str(Path(output_dir) / "trajectories")
+        rows = teacher_trajectories(arguments, model_arguments, rows)
+    if "correct" in rows.column_names and any(correct is not None for correct in rows["correct"][:]):
+        kept = rows.filter(lambda row: row["correct"])
+        if PartialState().is_main_process:
+            print(f"{len(kept)} of {len(rows)} answers are right; the others are left out.")
+        rows = kept
+    return rows
+
+
+def main():
+    parser = TrlParser((DistillArguments, CertaintyForcingConfig, ModelConfig))
+    arguments, config, model_arguments = parser.parse_args_and_config()
+    PartialState(cpu=not torch.cuda.is_available())
+    rows, held_out = training_rows(arguments, model_arguments, config.output_dir), None
+    if arguments.eval_size:
+        split = rows.train_test_split(arguments.eval_size, seed=config.seed)
+        rows, held_out = split["train"], split["test"]
+
+    config.model_init_kwargs = {**init_kwargs(model_arguments), **(config.model_init_kwargs or {})}
+    trainer = CertaintyForcingTrainer(
+        model=model_arguments.model_name_or_path,
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=AutoTokenizer.from_pretrained(
+            model_arguments.model_name_or_path, revision=model_arguments.model_revision
+        ),
+        peft_config=get_peft_config(model_arguments),
+        judge=load_judge(arguments.judge),
+    )
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir))
+
+    decoding = {"unmasking": config.unmasking, "threshold": config.threshold}
+    merged = Path(config.output_dir) / "merged"
+    trainer.model.generation_config.update(**decoding)
+    trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
+    if model_arguments.use_peft and trainer.accelerator.is_main_process:
+        # From the folder: what is in memory may be spread over the processes.
+        merge_adapter(
+            config.output_dir,
+            merged,
+            trainer.processing_class,
+            model_init_kwargs=config.model_init_kwargs,
+            **decoding,
+        )
+    trainer.accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""Let a teacher answer prompts, and keep the order in which it wrote its answers.
+
+    accelerate launch examples/generate_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct \\
+        --dtype bfloat16 --dataset_name openai/gsm8k --dataset_config main --prompt_column question \\
+        --trajectories_dir runs/gsm8k_trajectories --judge examples/judges.py:final_number
+
+After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_trajectories/dataset")` has the result.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from datasets import load_dataset, load_from_disk
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import ModelConfig, TrlParser
+
+from dparallel.trainer import generate_trajectories
+
+
+@dataclass
+class TrajectoryArguments:
+    dataset_name: str = field(metadata={"help": "Hub id, a folder of save_to_disk(), or a .json, .jsonl or .parquet."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset; slices like `train[:1000]`."})
+    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts, text or messages."})
+    as_chat: bool = field(default=True, metadata={"help": "Make a user's message of each prompt that is text."})
+    trajectories_dir: str | None = field(default=None, metadata={"help": "Where the trajectories go."})
+    judge: str | None = field(
+        default=None, metadata={"help": "file.py:function that takes a row and says whether its `response` is right."}
+    )
+    teacher_unmasking: str = field(default="confidence", metadata={"help": "The teacher's policy."})
+    teacher_threshold: float | None = field(default=None, metadata={"help": "Its threshold, if it has one."})
+    teacher_max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
+    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
+    shard_size: int = field(default=256, metadata={"help": "Prompts that are saved at a time."})
+
+
+def load_rows(arguments):
+    path = Path(arguments.dataset_name)
+    if path.is_dir() and (path / "dataset_info.json").exists():
+        return load_from_disk(path)
+    if path.suffix in (".json", ".jsonl", ".parquet"):
+        kind = "parquet" if path.suffix == ".parquet" else "json"
+        return load_dataset(kind, data_files=str(path), split=arguments.dataset_split)
+    return load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_split)
+
+
+def load_judge(name):
+    """`file.py:function` to the function."""
+    if name is None:
+        return None
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"`judge={name!r}` must be file.py:function, but there is no file {path!r}.")
+    spec = importlib.util.spec_from_file_location("judge", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ValueError(f"`judge={name!r}`: {path} has no function {function!r}.")
+    return getattr(module, function)
+
+
+def init_kwargs(model_arguments):
+    """Of `from_pretrained`, for the model."""
+    return {
+        "revision": model_arguments.model_revision,
+        "dtype": model_arguments.dtype,
+        "attn_implementation": model_arguments.attn_implementation,
+    }
+
+
+def teacher_trajectories(arguments, model_arguments, rows):
+    """The prompts among the columns of `rows` to trajectories."""
+    if arguments.prompt_column not in rows.column_names:
+        raise ValueError(f"`prompt_column={arguments.prompt_column!r}` must be one of {rows.column_names}.")
+    if arguments.prompt_column != "prompt":
+        rows = rows.rename_column(arguments.prompt_column, "prompt")
+    if arguments.as_chat and isinstance(rows[0]["prompt"], str):
+        rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    name = model_arguments.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_arguments.model_revision)
+    model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments)).to(PartialState().device)
+    settings = {"unmasking": arguments.teacher_unmasking, "threshold": arguments.teacher_threshold}
+    return generate_trajectories(
+        model,
+        tokenizer,
+        rows,
+        arguments.trajectories_dir,
+        load_judge(arguments.judge),
+        batch_size=arguments.teacher_batch_size,
+        shard_size=arguments.shard_size,
+        max_new_tokens=arguments.teacher_max_new_tokens,
+        **{key: value for key, value in settings.items() if value is not None},
+    )
+
+
+def main():
+    arguments, model_arguments = TrlParser((TrajectoryArguments, ModelConfig)).parse_args_and_config()
+    if arguments.trajectories_dir is None:
+        raise ValueError("`trajectories_dir` must be given.")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    dataset = teacher_trajectories(arguments, model_arguments, load_rows(arguments))
+    if state.is_main_process:
+        dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")
+        passes, judged = dataset["num_forward_passes"][:], [row for row in dataset["correct"][:] if row is not None]
+        right = f", {sum(judged)} of {len(judged)} right" if judged else ""
+        print(f"{len(dataset)} trajectories of {sum(passes) / len(passes):.1f} passes each{right}.")
+
+
+if __name__ == "__main__":
+    main()

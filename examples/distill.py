@@ -45,7 +45,11 @@ def training_rows(arguments, model_arguments, output_dir):
         kept = rows.filter(lambda row: row["correct"])
         if PartialState().is_main_process:
             print(f"{len(kept)} of {len(rows)} answers are right; the others are left out.")
+        if len(kept) == 0:
+            raise ValueError("No answer is right: look at the column `response`, and at `judge`.")
         rows = kept
+    if not 0 <= arguments.eval_size < len(rows):
+        raise ValueError(f"`eval_size={arguments.eval_size}` must be less than the number of answers, {len(rows)}.")
     return rows
 
 
@@ -70,7 +74,12 @@ def main():
         peft_config=get_peft_config(model_arguments),
         judge=load_judge(arguments.judge),
     )
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir))
+    checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
+    if checkpoint and trainer.accelerator.is_main_process:
+        print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
+    trainer.train(resume_from_checkpoint=checkpoint)
+    if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
+        print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 
     decoding = {"unmasking": config.unmasking, "threshold": config.threshold}
     merged = Path(config.output_dir) / "merged"

@@ -35,17 +35,19 @@ class TrajectoryArguments:
     teacher_threshold: float | None = field(default=None, metadata={"help": "Its threshold, if it has one."})
     teacher_max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
     teacher_batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
-    shard_size: int = field(default=256, metadata={"help": "Prompts that are saved at a time."})
+    shard_size: int = field(default=64, metadata={"help": "Prompts that are saved at a time."})
 
 
 def load_rows(arguments):
     path = Path(arguments.dataset_name)
-    if path.is_dir() and (path / "dataset_info.json").exists():
-        return load_from_disk(path)
+    for folder in (path, path / "dataset"):  # of this script, too
+        if (folder / "dataset_info.json").exists():
+            return load_from_disk(folder)
     if path.suffix in (".json", ".jsonl", ".parquet"):
         kind = "parquet" if path.suffix == ".parquet" else "json"
         return load_dataset(kind, data_files=str(path), split=arguments.dataset_split)
-    return load_dataset(arguments.dataset_name, arguments.dataset_config, split=arguments.dataset_split)
+    config = None if path.is_dir() else arguments.dataset_config
+    return load_dataset(arguments.dataset_name, config, split=arguments.dataset_split)
 
 
 def load_judge(name):

@@ -8,7 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
 
-def merge_adapter(adapter, output_dir, tokenizer=None, *, model_init_kwargs=None, **generation_settings):
+def merge_adapter(
+    adapter, output_dir, tokenizer=None, *, base_model=None, model_init_kwargs=None, **generation_settings
+):
     """Merge an adapter into its base model and save the result: weights, remote code, tokenizer, and a
     `generation_config.json` with the policy and threshold that the model was distilled for.
 
@@ -19,6 +21,7 @@ def merge_adapter(adapter, output_dir, tokenizer=None, *, model_init_kwargs=None
             id of an adapter, whose base model is then loaded.
         output_dir (`str` or `Path`): where the checkpoint goes.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to the adapter's, or else to the base model's.
+        base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
         model_init_kwargs (`dict`, *optional*): of `from_pretrained` for the base model; `dtype="auto"` by default.
         generation_settings: fields of `DiffusionGenerationConfig`.
 
@@ -33,17 +36,20 @@ def merge_adapter(adapter, output_dir, tokenizer=None, *, model_init_kwargs=None
     source = None
     if not isinstance(adapter, PeftModel):
         source = str(adapter)
-        base = PeftConfig.from_pretrained(source).base_model_name_or_path
-        base = AutoModelForCausalLM.from_pretrained(base, **{"dtype": "auto", **(model_init_kwargs or {})})
+        base_model = base_model or PeftConfig.from_pretrained(source).base_model_name_or_path
+        base = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": "auto", **(model_init_kwargs or {})})
         adapter = PeftModel.from_pretrained(base, source)
     config = adapter.active_peft_config
     if not hasattr(adapter.base_model, "merge_and_unload") or config.is_prompt_learning:
         raise ValueError(f"`adapter` is of type {config.peft_type.value}, which has no weights to merge.")
     # Before the merge, so that a wrong setting leaves the model as it was.
+    unknown = sorted(set(generation_settings) - set(adapter.generation_config.to_dict()))
+    if unknown:
+        raise ValueError(f"{unknown} are no fields of {type(adapter.generation_config).__name__}.")
     generation_config = type(adapter.generation_config)(**(adapter.generation_config.to_dict() | generation_settings))
     if tokenizer is None:
         has_own = source is not None and (Path(source) / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(source if has_own else config.base_model_name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(source if has_own else base_model or config.base_model_name_or_path)
     model = adapter.merge_and_unload(safe_merge=True)
     model.generation_config = generation_config
     model.save_pretrained(output_dir)

@@ -11,8 +11,8 @@ MASKINGS = ("block", "response", "trajectory")
 
 @dataclass
 class CertaintyForcingConfig(MaskedDiffusionConfig):
-    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. The defaults are dParallel's published
-    ones for LLaDA.
+    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. Masks, losses, lengths and learning rate
+    default to what dParallel published for LLaDA; for the length of the training see the README's recipes.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.

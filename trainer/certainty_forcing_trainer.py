@@ -15,6 +15,8 @@ from .masking import EVALUATION_EPOCH, complementary_masks
 from .tokenization import tokenize_prompt
 from .trajectories import decode_prompts
 
+NO_STEPS = "`unmasking_step`, which `masking='trajectory'` needs: `generate_trajectories` writes that column."
+
 
 class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     """dParallel's distillation ("dParallel: Learnable Parallel Decoding for dLLMs", https://arxiv.org/abs/2509.26488).
@@ -72,14 +74,16 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         )
         self.judge = judge
         self._raw_eval_dataset = eval_dataset
+        if (args.metric_for_best_model or "").endswith("decoding_accuracy") and judge is None:
+            raise ValueError(f"`metric_for_best_model={args.metric_for_best_model!r}` needs a `judge`.")
+        columns = [] if train_dataset is None else next(iter(self.train_dataset))
+        if args.masking == "trajectory" and train_dataset is not None and "unmasking_step" not in columns:
+            raise ValueError(f"`train_dataset` has no {NO_STEPS}")
 
     def draw_masks(self, inputs, response, **randomness):
         args = self.args
         if args.masking == "trajectory" and "unmasking_step" not in inputs:
-            raise ValueError(
-                "`masking='trajectory'` needs the column `unmasking_step` in the dataset, as `generate_trajectories` "
-                "writes it."
-            )
+            raise ValueError(f"The batch has no {NO_STEPS}")
         is_evaluation = randomness["epoch"] == EVALUATION_EPOCH
         progress = 1.0 if is_evaluation else self.state.global_step / max(self.state.max_steps, 1)
 
@@ -122,6 +126,11 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         elif isinstance(eval_dataset, str):
             raw = self._raw_eval_dataset[eval_dataset]
         self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
+        if self._decoding_rows and not {"prompt", "messages"} & set(self._decoding_rows[0]):
+            raise ValueError(
+                f"`eval_decoding_samples={self.args.eval_decoding_samples}` needs the column `prompt` or `messages`, "
+                f"but the evaluation dataset has {sorted(self._decoding_rows[0])}."
+            )
         return super().get_eval_dataloader(eval_dataset)
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):

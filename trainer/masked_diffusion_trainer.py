@@ -15,7 +15,7 @@ from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
-from .tokenization import DATASET_FORMATS, has_response, prepare_example
+from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
 
 logger = get_logger(__name__)
 
@@ -203,6 +203,12 @@ class MaskedDiffusionTrainer(Trainer):
         if len(kept) == 0:
             raise ValueError(
                 f"`{name}` has no example with a response within `max_length={args.max_length}` tokens: raise it."
+            )
+        share = padding_share(kept.select(range(min(len(kept), 1000))), processing_class.eos_token_id)
+        if share > 2 / 3:
+            logger.warning(
+                f"`{name}`: {share:.0%} of what is learned is end-of-text behind the answers. Lower `response_length` "
+                f"or `max_length={args.max_length}` to learn more of the answers in the same time."
             )
         return kept
 

@@ -92,3 +92,13 @@ def lay_out_tokens(row, eos_token_id, max_length=None, response_length=None):
                 f"it must have one for each."
             )
     return result
+
+
+def padding_share(rows, eos_token_id) -> float:
+    """The share of the response tokens of prepared rows that fill them up: end-of-text behind the first one."""
+    learned = filled = 0
+    for row in rows:
+        response = row["input_ids"][row["prompt_length"] :]
+        learned += len(response)
+        filled += max(next((i for i, token in enumerate(reversed(response)) if token != eos_token_id), 0) - 1, 0)
+    return filled / learned

@@ -5,7 +5,8 @@ import json
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
+from datasets import Dataset, Value
+from tqdm import tqdm
 
 from .resumable_shards import map_in_shards
 from .tokenization import tokenize_prompt
@@ -21,7 +22,7 @@ def generate_trajectories(
     judge=None,
     *,
     batch_size=16,
-    shard_size=512,
+    shard_size=64,
     seed=0,
     num_proc=None,
     max_new_tokens=256,
@@ -40,7 +41,8 @@ def generate_trajectories(
         prompts (`Dataset`): with a column `prompt` of text or messages; other columns are carried along.
         output_dir (`str` or `Path`): where shards go; one folder for one job.
         judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and is
-            asked at the end, for all rows, so that a changed judge needs no new decoding.
+            asked at the end, for all rows, so that a changed judge needs no new decoding; and once for each shard, so
+            that one that raises does so early.
         batch_size (`int`): prompts per batch. It may change between runs, after running out of memory for example;
             answers do not depend on it, but for rounding and for sampled ones.
         shard_size (`int`): prompts per shard.
@@ -59,9 +61,11 @@ def generate_trajectories(
         ValueError: before any decoding, if prompts cannot be used, or if `output_dir` holds trajectories of another
             model, other prompts or other settings, naming what differs.
     """
-    if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names or len(prompts) == 0:
-        got = getattr(prompts, "column_names", None) or type(prompts).__name__
-        raise ValueError(f"`prompts` must be a non-empty `datasets.Dataset` with a column `prompt`, but got {got}.")
+    if not isinstance(prompts, Dataset) or "prompt" not in prompts.column_names:
+        got = prompts.column_names if isinstance(prompts, Dataset) else type(prompts).__name__
+        raise ValueError(f"`prompts` must be a `datasets.Dataset` with a column `prompt`, but got {got}.")
+    if len(prompts) == 0:
+        raise ValueError("`prompts` is empty: it must have at least one row.")
     taken = sorted(set(COLUMNS) & set(prompts.column_names))
     if taken:
         raise ValueError(f"`prompts` has the columns {taken}, which the trajectories need: rename them.")
@@ -84,6 +88,17 @@ def generate_trajectories(
         digest.update(repr(row).encode())
     model.eval()
 
+    def is_right(row):
+        try:
+            answer = judge(row)
+        except Exception as error:
+            raise ValueError(
+                f"`judge` failed on example {row['example_id']} with the columns {sorted(row)}."
+            ) from error
+        if answer is None:
+            raise ValueError(f"`judge` returned None for example {row['example_id']}: it must return True or False.")
+        return bool(answer)
+
     def decode_shard(number, shard):
         rows = list(shard)
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
@@ -94,22 +109,16 @@ def generate_trajectories(
             answers = decode_prompts(model, tokenizer, ids, generator=generator, **settings)
             for i, answer in zip(chosen, answers, strict=True):
                 rows[i] |= {"example_id": number * shard_size + i, **answer}
+        if judge is not None:
+            is_right(rows[0])  # so that a judge that fails does so now, and not after hours
         return rows
 
-    job = {
-        "model": model_digest(model),
-        "prompts": digest.hexdigest(),
-        "seed": seed,
-        "generate": settings,
-    }
+    job = {"model": model_digest(model), "prompts": digest.hexdigest(), "seed": seed, "generate": settings}
     dataset = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
-    described = json.dumps(settings)
-
-    def complete(row):
-        correct = None if judge is None else bool(judge(row))
-        return {"correct": correct, "seed": seed, "settings": described}
-
-    return dataset.map(complete, desc="Judging", load_from_cache_file=False)
+    correct = [None if judge is None else is_right(row) for row in tqdm(dataset, desc="Judging", leave=False)]
+    dataset = dataset.add_column("correct", correct, feature=Value("bool"))
+    dataset = dataset.add_column("seed", [seed] * len(dataset))
+    return dataset.add_column("settings", [json.dumps(settings)] * len(dataset))
 
 
 def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:

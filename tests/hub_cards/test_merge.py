@@ -78,6 +78,8 @@ def test_what_cannot_be_merged(tmp_path, word_model, word_tokenizer):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="`threshold=-1` is not allowed"):
         merge_adapter(adapted, tmp_path, word_tokenizer, unmasking="entropy_threshold", threshold=-1)
+    with pytest.raises(ValueError, match=r"\['treshold'\] are no fields of DiffusionGenerationConfig"):
+        merge_adapter(adapted, tmp_path, word_tokenizer, treshold=0.5)
     assert adapted.base_model.model.model.transformer.blocks[0].q_proj.lora_A  # still there
     with pytest.raises(ValueError, match="PROMPT_TUNING, which has no weights to merge"):
         prompts = PromptTuningConfig(

@@ -251,7 +251,12 @@ def test_wrong_arguments(tmp_path, changes, message):
 def test_wrong_inputs(tmp_path, word_tokenizer):
     with pytest.raises(ValueError, match="must be a CertaintyForcingConfig"):
         CertaintyForcingTrainer(small_model(), MaskedDiffusionConfig(str(tmp_path)), processing_class=word_tokenizer)
-    with pytest.raises(ValueError, match="needs the column `unmasking_step`"):
-        make_trainer(tmp_path, word_tokenizer, masking="trajectory", max_steps=1).train()
+    with pytest.raises(ValueError, match="`train_dataset` has no `unmasking_step`"):
+        make_trainer(tmp_path, word_tokenizer, masking="trajectory")
+    with pytest.raises(ValueError, match="'decoding_accuracy'` needs a `judge`"):
+        make_trainer(tmp_path, word_tokenizer, metric_for_best_model="decoding_accuracy")
+    with pytest.raises(ValueError, match=r"`eval_decoding_samples=2` needs the column `prompt` or `messages`"):
+        text = Dataset.from_list([{"text": "So it is 3."}])
+        make_trainer(tmp_path, word_tokenizer, eval_dataset=text, eval_decoding_samples=2).evaluate()
     with pytest.raises(ValueError, match=r"has the columns \['answer', 'question'\]"):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([{"question": "a", "answer": "b"}]))

@@ -109,6 +109,15 @@ def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([long]))
 
 
+def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog):
+    short = Dataset.from_list([{"prompt": "Sam has 3 books.", "completion": "So 3."}])
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, word_tokenizer, dataset=short, response_length=8)
+        assert "end-of-text behind" not in caplog.text
+        make_trainer(tmp_path, word_tokenizer, dataset=short, response_length=40)
+    assert "88% of what is learned is end-of-text behind the answers" in caplog.text  # 35 of 40
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [

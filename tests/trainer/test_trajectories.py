@@ -110,7 +110,9 @@ def test_the_digest_knows_weights_and_configuration(llada):
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([], {}, "`prompts` must be a non-empty"),
+        ([], {}, "`prompts` must be a `datasets.Dataset` with a column `prompt`"),
+        ([{"prompt": "a"}], {**SETTINGS, "judge": lambda row: row["label"]}, r"failed on example 0 with the columns"),
+        ([{"prompt": "a"}], {**SETTINGS, "judge": lambda row: None}, "returned None for example 0"),
         ([{"question": "a"}], {}, r"a column `prompt`, but got \['question'\]"),
         ([{"prompt": "a", "correct": 1}], {}, r"has the columns \['correct'\]"),
         ([{"prompt": ""}], {}, "`prompt=''` is empty"),

@@ -22,6 +22,7 @@ from generate_trajectories import (
     teacher_trajectories,
 )
 from transformers import AutoTokenizer
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from dparallel.hub_cards import merge_adapter
@@ -31,7 +32,7 @@ from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, l
 @dataclass
 class DistillArguments(TrajectoryArguments):
     eval_size: int = field(
-        default=0, metadata={"help": "Examples that are held out for evaluation (see `eval_strategy`)."}
+        default=0, metadata={"help": "Examples with right answers that are held out for evaluation."}
     )
 
 
@@ -39,6 +40,10 @@ def training_rows(arguments, model_arguments, output_dir):
     """Rows with answers: those of the dataset, or the teacher's, without the wrong ones."""
     rows = load_rows(arguments)
     if not {"completion", "messages", "input_ids"} & set(rows.column_names):
+        if is_deepspeed_zero3_enabled():
+            raise ValueError(
+                "Under ZeRO-3 the model is in parts: answer the prompts first, by generate_trajectories.py."
+            )
         arguments.trajectories_dir = arguments.trajectories_dir or str(Path(output_dir) / "trajectories")
         rows = teacher_trajectories(arguments, model_arguments, rows)
     if "correct" in rows.column_names and any(correct is not None for correct in rows["correct"][:]):
@@ -81,10 +86,10 @@ def main():
     if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 
-    decoding = {"unmasking": config.unmasking, "threshold": config.threshold}
     merged = Path(config.output_dir) / "merged"
-    trainer.model.generation_config.update(**decoding)
+    trainer.model.generation_config.update(**config.decoding)
     trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
+    unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
     if model_arguments.use_peft and trainer.accelerator.is_main_process:
         # From the folder: what is in memory may be spread over the processes.
         merge_adapter(
@@ -92,7 +97,7 @@ def main():
             merged,
             trainer.processing_class,
             model_init_kwargs=config.model_init_kwargs,
-            **decoding,
+            **config.decoding,
         )
     trainer.accelerator.wait_for_everyone()
 

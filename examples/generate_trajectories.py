@@ -9,6 +9,7 @@ After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_tra
 
 import importlib.util
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -103,7 +104,8 @@ def main():
     arguments, model_arguments = TrlParser((TrajectoryArguments, ModelConfig)).parse_args_and_config()
     if arguments.trajectories_dir is None:
         raise ValueError("`trajectories_dir` must be given.")
-    state = PartialState(cpu=not torch.cuda.is_available())
+    # Processes wait for the one that decodes longest.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     dataset = teacher_trajectories(arguments, model_arguments, load_rows(arguments))
     if state.is_main_process:
         dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")

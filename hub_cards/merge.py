@@ -46,7 +46,10 @@ def merge_adapter(
     unknown = sorted(set(generation_settings) - set(adapter.generation_config.to_dict()))
     if unknown:
         raise ValueError(f"{unknown} are no fields of {type(adapter.generation_config).__name__}.")
-    generation_config = type(adapter.generation_config)(**(adapter.generation_config.to_dict() | generation_settings))
+    settings = adapter.generation_config.to_dict()
+    if generation_settings.get("unmasking", settings.get("unmasking")) != settings.get("unmasking"):
+        settings |= {"threshold": None, "steps": None}  # those of the other policy
+    generation_config = type(adapter.generation_config)(**(settings | generation_settings))
     if tokenizer is None:
         has_own = source is not None and (Path(source) / "tokenizer_config.json").exists()
         tokenizer = AutoTokenizer.from_pretrained(source if has_own else base_model or config.base_model_name_or_path)

@@ -95,3 +95,9 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
             require(getattr(self, name) >= 1, name, "at least 1")
         default = type(self).__dataclass_fields__["loss_weighting"].default
         require(self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens")
+
+    @property
+    def decoding(self) -> dict:
+        """The arguments of `generate()` that the student is trained for."""
+        settings = {"unmasking": self.unmasking, "threshold": self.threshold}
+        return settings if self.masking == "response" else {**settings, "block_length": self.block_length}

@@ -4,6 +4,7 @@ from itertools import islice
 
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from dparallel.modeling import POLICIES, token_statistics
@@ -73,6 +74,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
             peft_config,
         )
         self.judge = judge
+        self._decoding_rows = []
         self._raw_eval_dataset = eval_dataset
         if (args.metric_for_best_model or "").endswith("decoding_accuracy") and judge is None:
             raise ValueError(f"`metric_for_best_model={args.metric_for_best_model!r}` needs a `judge`.")
@@ -135,8 +137,9 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self.args.eval_decoding_samples:
-            decoding = self._decode(self._decoding_rows)
+        rows, self._decoding_rows = self._decoding_rows, []
+        if rows:
+            decoding = self._decode(rows)
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in decoding.items()})
         return output
 
@@ -144,18 +147,22 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         """Decode each process's share of `rows`, and count over all."""
         world, mine = self.args.world_size, rows[self.args.process_index :: self.args.world_size]
         mine += rows[: -(-len(rows) // world) - len(mine)]  # every process has as many passes to take part in
-        decoded = []
+        settings = {"max_new_tokens": self.args.eval_max_new_tokens, **self.args.decoding}
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        is_sharded, decoded = isinstance(model, FSDPModule), []
+        if is_sharded:
+            # An adapter's generate() calls the model inside, past the hook that would gather the outermost weights;
+            # and processes need as many passes, as each takes part in gathering the others'.
+            model.unshard()
+            settings["synced_gpus"] = True
         for start in range(0, len(mine), self.args.eval_decoding_batch_size):
             batch = mine[start : start + self.args.eval_decoding_batch_size]
-            decoded += decode_prompts(
-                model,
-                self.processing_class,
-                [tokenize_prompt(row.get("prompt") or row["messages"][:-1], self.processing_class) for row in batch],
-                max_new_tokens=self.args.eval_max_new_tokens,
-                unmasking=self.args.unmasking,
-                threshold=self.args.threshold,
-            )
+            prompts = [
+                tokenize_prompt(row.get("prompt") or row["messages"][:-1], self.processing_class) for row in batch
+            ]
+            decoded += decode_prompts(model, self.processing_class, prompts, **settings)
+        if is_sharded:
+            model.reshard()
         counted = len(rows[self.args.process_index :: world])
         passes = [row["num_forward_passes"] for row in decoded[:counted]]
         tokens = [len(row["unmasking_step"]) for row in decoded[:counted]]

@@ -149,6 +149,6 @@ def gather_positions(masked: torch.BoolTensor):
     number in a row, rounded up to a multiple of 8 as matrix units like it. Rows are filled up with positions that are
     not real."""
     counts = masked.sum(dim=1)
-    longest = min(-(-int(counts.max()) // 8) * 8, masked.shape[1])
+    longest = min(max(-(-int(counts.max()) // 8) * 8, 1), masked.shape[1])  # at least one, real or not
     positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     return positions, torch.arange(longest, device=masked.device) < counts[:, None]

@@ -18,12 +18,13 @@ def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) 
     number and the settings alone, so draw random numbers from a generator that is seeded by them.
 
     Args:
-        function (`Callable[[int, Sequence], list[dict]]`): a shard's number and items to its rows, any number of them.
+        function (`Callable[[int, Sequence], list[dict]]`): a shard's number and items to its rows, any number of
+            them; a column has one type in all shards (or None).
         items (`Sequence`): that slices, as a list or a `Dataset.select` does; the same on every process.
         folder (`str` or `Path`): of this job alone.
         settings (`dict`): what the rows depend on, as JSON: saved beside the shards, and compared by a rerun.
         shard_size (`int`): items per shard, at least 1. It is one of the settings.
-        desc (`str`, *optional*): of the progress bar, which counts the items of the first process's shards.
+        desc (`str`, *optional*): of the progress bar, which takes all processes to be as fast as the first.
 
     Raises:
         ValueError: if the folder holds shards that were made with other settings, naming those.
@@ -34,45 +35,48 @@ def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) 
     num_shards = -(-len(items) // shard_size)
     paths = [folder / f"shard-{number:05d}.arrow" for number in range(num_shards)]
     settings = json.loads(json.dumps({**settings, "num_items": len(items), "shard_size": shard_size}))
-    # Every process compares, so that all of them stop; one alone would leave the others waiting.
-    with state.main_process_first():
-        _claim_folder(folder, settings, state.is_main_process)
-    mine = range(state.process_index, num_shards, state.num_processes)
-    slices = {number: range(number * shard_size, min((number + 1) * shard_size, len(items))) for number in mine}
-    with tqdm(total=sum(map(len, slices.values())), desc=desc, disable=not state.is_main_process) as progress:
-        for number in mine:
-            if not paths[number].exists():
-                part = slices[number]
-                shard = items.select(part) if isinstance(items, Dataset) else items[part.start : part.stop]
-                temporary = paths[number].with_suffix(f".{os.getpid()}.tmp")
-                table = Dataset.from_list(function(number, shard)).data.table
-                with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-                    stream.write_table(table)
-                os.replace(temporary, paths[number])
-            progress.update(len(slices[number]))
+    if state.is_main_process:
+        _prepare_folder(folder, settings)
+    state.wait_for_everyone()
+    _compare_settings(folder, settings)  # each process by itself, so that all of them stop
+    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    state.wait_for_everyone()  # before the first of them is written
+    slices = {number: range(number * shard_size, min((number + 1) * shard_size, len(items))) for number in missing}
+    with tqdm(total=len(items), desc=desc, disable=not state.is_main_process) as progress:
+        progress.update(len(items) - sum(map(len, slices.values())))
+        for number in missing[state.process_index :: state.num_processes]:
+            part = slices[number]
+            shard = items.select(part) if isinstance(items, Dataset) else items[part.start : part.stop]
+            temporary = paths[number].with_suffix(f".{os.getpid()}.tmp")
+            table = Dataset.from_list(function(number, shard)).data.table
+            with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+                stream.write_table(table)
+            os.replace(temporary, paths[number])
+            progress.update(len(part) * state.num_processes)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])
 
 
-def _claim_folder(folder, settings, is_main_process):
-    """Compare the settings with those of the shards that are there; without shards, write them."""
-    path = folder / "settings.json"
-    if any(folder.glob("shard-*.arrow")):
-        if not path.exists():
-            raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
-        saved = json.loads(path.read_text())
-        changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
-        if changed:
-            differences = "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
-            raise ValueError(
-                f"{folder} holds the shards of a job with other settings: {differences}. Choose another folder, or "
-                f"delete this one."
-            )
-    elif is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
+def _prepare_folder(folder, settings):
+    """Write the settings of a job without shards, and clear away what a killed run left unfinished."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(folder.glob("shard-*.arrow")):
+        temporary = folder / "settings.tmp"
         temporary.write_text(json.dumps(settings, indent=2))
-        os.replace(temporary, path)
-    if is_main_process:
-        for leftover in folder.glob("shard-*.tmp"):  # of a killed run
-            leftover.unlink()
+        os.replace(temporary, folder / "settings.json")
+    for leftover in folder.glob("shard-*.tmp"):
+        leftover.unlink()
+
+
+def _compare_settings(folder, settings):
+    path = folder / "settings.json"
+    if not path.exists():
+        raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
+    saved = json.loads(path.read_text())
+    changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+    if changed:
+        differences = "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+        raise ValueError(
+            f"{folder} holds the shards of a job with other settings: {differences}. Choose another folder, or delete "
+            f"this one."
+        )

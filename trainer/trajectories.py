@@ -5,7 +5,7 @@ import json
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset, Value
+from datasets import Dataset, Value, concatenate_datasets
 from tqdm import tqdm
 
 from .resumable_shards import map_in_shards
@@ -69,9 +69,14 @@ def generate_trajectories(
     taken = sorted(set(COLUMNS) & set(prompts.column_names))
     if taken:
         raise ValueError(f"`prompts` has the columns {taken}, which the trajectories need: rename them.")
-    if settings.get("num_return_sequences", 1) != 1:
-        raise ValueError(f"`num_return_sequences={settings['num_return_sequences']!r}` must be 1: repeat the prompts.")
     settings = {"max_new_tokens": max_new_tokens, "unmasking": unmasking, **settings}
+    # What the checkpoint's own configuration adds decides the answers, too.
+    config, unknown = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are no fields of DiffusionGenerationConfig: only those can be saved.")
+    if (config.num_return_sequences or 1) != 1:
+        raise ValueError(f"`num_return_sequences={config.num_return_sequences!r}` must be 1: repeat the prompts.")
+    resolved = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}
     limit = getattr(model.config, "max_position_embeddings", None)
     with PartialState().main_process_first():  # the other processes find the result in the cache
         prompts = prompts.map(
@@ -100,21 +105,23 @@ def generate_trajectories(
         return bool(answer)
 
     def decode_shard(number, shard):
-        rows = list(shard)
-        order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
-        generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
-        for start in range(0, len(rows), batch_size):
+        ids = shard["input_ids"]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        rows, generator = [None] * len(ids), torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
+        for start in range(0, len(ids), batch_size):
             chosen = order[start : start + batch_size]
-            ids = [rows[i]["input_ids"] for i in chosen]
-            answers = decode_prompts(model, tokenizer, ids, generator=generator, **settings)
+            answers = decode_prompts(
+                model, tokenizer, [ids[i] for i in chosen], generator=generator, generation_config=config
+            )
             for i, answer in zip(chosen, answers, strict=True):
-                rows[i] |= {"example_id": number * shard_size + i, **answer}
+                rows[i] = {"example_id": number * shard_size + i, **answer}
         if judge is not None:
-            is_right(rows[0])  # so that a judge that fails does so now, and not after hours
+            is_right({**shard[0], **rows[0]})  # so that a judge that fails does so now, and not after hours
         return rows
 
-    job = {"model": model_digest(model), "prompts": digest.hexdigest(), "seed": seed, "generate": settings}
-    dataset = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
+    job = {"model": model_digest(model), "prompts": digest.hexdigest(), "seed": seed, "generate": resolved}
+    answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
+    dataset = concatenate_datasets([prompts.remove_columns("input_ids"), answers], axis=1)
     correct = [None if judge is None else is_right(row) for row in tqdm(dataset, desc="Judging", leave=False)]
     dataset = dataset.add_column("correct", correct, feature=Value("bool"))
     dataset = dataset.add_column("seed", [seed] * len(dataset))
@@ -156,12 +163,11 @@ def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
 
 
 def model_digest(model) -> str:
-    """Changes with every weight and with the configuration, and costs one reading of the weights."""
+    """A hash of all weights and of the configuration."""
     ignored = ("_name_or_path", "transformers_version")
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in ignored}
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     for name, tensor in model.state_dict().items():
-        checksum = tensor.contiguous().view(integers[tensor.element_size()]).sum(dtype=torch.long).item()
-        digest.update(f"{name} {tuple(tensor.shape)} {checksum}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -13,9 +13,8 @@ What was computed is not computed again: after a kill, the same command goes on.
 """
 
 import argparse
+import itertools
 import json
-import math
-import os
 import statistics
 import tempfile
 import time
@@ -126,13 +125,22 @@ def right_answers(teacher, folder, seed, arguments, tokenizer):
 
 
 def train_student(teacher, folder, dataset, tokenizer, arguments, seed, changes):
-    """Train a student, unless it is there already."""
-    if folder.exists():
-        return
+    """A student in `folder / "model"`: one cell of the table, computed once for its settings."""
+    job = {"teacher": model_digest(load(teacher)), "answers": len(dataset), "seed": seed, "changes": changes}
+    job |= {name: getattr(arguments, name) for name in ("max_steps", "batch_size", "learning_rate")}
+
+    def compute(number, cells):
+        return [{"seconds": run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes)}]
+
+    map_in_shards(compute, [folder.name], folder, job, shard_size=1, desc=folder.name)
+    return folder / "model"
+
+
+def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
     start = time.time()
     torch._dynamo.reset()  # else the compiler gives up after a number of students
     config = CertaintyForcingConfig(
-        output_dir=str(folder.parent / "training"),
+        output_dir=str(folder / "training"),
         seed=seed,
         max_length=256,
         response_length=ANSWER_LENGTH,
@@ -157,11 +165,9 @@ def train_student(teacher, folder, dataset, tokenizer, arguments, seed, changes)
     model = LLaDAModelLM.from_pretrained(teacher, dtype=torch.float32)
     trainer = CertaintyForcingTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
     trainer.train()
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    model.to(torch.bfloat16).save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    os.replace(unfinished, folder)
-    print(f"{folder.name}: trained in {time.time() - start:.0f} s", flush=True)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return time.time() - start
 
 
 def measure(path, decodings, problems, tokenizer, folder, **settings):
@@ -188,21 +194,24 @@ def curve(rows, unmasking):
 
 
 def nfe_at(points, accuracy):
-    """The fewest passes that reach an accuracy, interpolated between neighbours of a curve; None if none does."""
-    for (nfe, value), (slower, better) in zip([(math.nan, -1.0), *points], points, strict=False):
+    """The fewest passes that reach an accuracy, interpolated between neighbours of a curve, and whether it may be less
+    (the curve begins above); None if none does."""
+    if points[0][1] >= accuracy:
+        return points[0][0], True
+    for (nfe, value), (slower, better) in itertools.pairwise(points):
         if better >= accuracy:
-            share = (accuracy - value) / (better - value)
-            return slower if math.isnan(nfe) else nfe + share * (slower - nfe)
+            return nfe + (accuracy - value) / (better - value) * (slower - nfe), False
     return None
 
 
-def spread(values):
-    """Mean, and lowest to highest, of the seeds that reach the accuracy."""
-    reached = [value for value in values if value is not None]
-    if len(reached) < len(values):
-        return "not reached" if not reached else f"reached by {len(reached)} of {len(values)} seeds"
-    mean = statistics.mean(reached)
-    return f"{mean:.1f}" if len(reached) == 1 else f"{mean:.1f} ({min(reached):.1f} to {max(reached):.1f})"
+def spread(results):
+    """Mean, lowest and highest of the seeds that reach the accuracy."""
+    reached = [result for result in results if result is not None]
+    if len(reached) < len(results):
+        return "not reached" if not reached else f"reached by {len(reached)} of {len(results)} seeds"
+    values, sign = [value for value, _ in reached], "≤ " if any(is_bound for _, is_bound in reached) else ""
+    mean = f"{sign}{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def paired_difference(rows, others):
@@ -280,6 +289,7 @@ def plot(teacher, students, rounds, one_token, target, path):
     axes.set_xscale("log", base=2)
     ticks = [8, 16, 32, 64, 128]
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.set_xlim(5, 140)
     axes.set_ylim(0.6, 1.0)
     axes.set_xlabel("forward passes for 128 tokens (NFE)")
     axes.set_ylabel(f"accuracy on {len(one_token['correct'])} held-out problems")
@@ -312,18 +322,17 @@ def main():
         for variant in VARIANTS
         for seed in arguments.seeds
     }
-    for (variant, seed), path in cells.items():
-        train_student(TEACHER, path, dataset, tokenizer, arguments, seed, VARIANTS[variant])
-
-    latest, rounds = cells[WHOLE_METHOD, arguments.seeds[0]], {}
+    models = {
+        (variant, seed): train_student(TEACHER, path, dataset, tokenizer, arguments, seed, VARIANTS[variant])
+        for (variant, seed), path in cells.items()
+    }
+    latest, rounds = models[WHOLE_METHOD, arguments.seeds[0]], {}
     for number in range(2, arguments.rounds + 1):
         answers = folder / f"trajectories-{number}"
         dataset = right_answers(latest, answers, PROMPT_SEED + number - 1, arguments, tokenizer)
-        rounds[number] = students / f"round-{number}"
-        train_student(
-            latest, rounds[number], dataset, tokenizer, arguments, arguments.seeds[0], VARIANTS[WHOLE_METHOD]
-        )
-        latest = rounds[number]
+        path = students / f"round-{number}"
+        latest = train_student(latest, path, dataset, tokenizer, arguments, arguments.seeds[0], VARIANTS[WHOLE_METHOD])
+        rounds[number] = latest
 
     problems = list(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))[: arguments.problems]
     few = problems[: arguments.ablation_problems]
@@ -335,17 +344,19 @@ def main():
     teacher = measure_all(TEACHER, TEACHER_DECODINGS, "teacher")
     by_variant = {
         variant: [
-            measure_all(cells[variant, seed], STUDENT_DECODINGS, cells[variant, seed].name) for seed in arguments.seeds
+            measure_all(models[variant, seed], STUDENT_DECODINGS, cells[variant, seed].name)
+            for seed in arguments.seeds
         ]
         for variant in VARIANTS
     }
-    by_round = {number: measure_all(path, STUDENT_DECODINGS, path.name) for number, path in rounds.items()}
+    by_round = {number: measure_all(path, STUDENT_DECODINGS, f"round-{number}") for number, path in rounds.items()}
 
     # The shipped student's way of decoding is chosen where the test problems are not looked at.
     bar = measure_all(TEACHER, [ONE_TOKEN], "validation-teacher", validation)[0]["accuracy"] - ALLOWED_LOSS / 2
     candidates = measure_all(latest, STUDENT_DECODINGS, "validation-student", validation)
-    allowed = [row for row in candidates if row["accuracy"] >= bar] or candidates
-    decoding = json.loads(min(allowed, key=lambda row: row["nfe"])["decoding"])
+    allowed = [row for row in candidates if row["accuracy"] >= bar]
+    fastest = min(allowed, key=lambda row: row["nfe"]) if allowed else max(candidates, key=lambda row: row["accuracy"])
+    decoding = json.loads(fastest["decoding"])
     model = LLaDAModelLM.from_pretrained(latest)
     model.generation_config.unmasking = decoding["unmasking"]
     model.generation_config.threshold = decoding["threshold"]

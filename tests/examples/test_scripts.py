@@ -12,11 +12,16 @@ from pathlib import Path
 
 import distillation
 import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from distill import DistillArguments, load_judge
 from evaluation import Result
 from golden import CHECKPOINT
 from judges import final_number
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from dparallel.trainer import CertaintyForcingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -163,11 +168,30 @@ def test_final_number(answer, response, is_right):
 
 def test_passes_at_an_accuracy_are_interpolated():
     points = [(8, 0.5), (10, 0.9), (20, 0.95)]
-    assert distillation.nfe_at(points, 0.7) == pytest.approx(9)
-    assert distillation.nfe_at(points, 0.95) == pytest.approx(20)
-    assert distillation.nfe_at(points, 0.4) == 8 and distillation.nfe_at(points, 0.96) is None
-    assert distillation.spread([9.0, 10.0, 11.0]) == "10.0 (9.0 to 11.0)"
-    assert distillation.spread([9.0, None]) == "reached by 1 of 2 seeds"
+    assert distillation.nfe_at(points, 0.7) == (pytest.approx(9), False)
+    assert distillation.nfe_at(points, 0.95) == (pytest.approx(20), False)
+    assert distillation.nfe_at(points, 0.4) == (8, True) and distillation.nfe_at(points, 0.96) is None
+    assert distillation.spread([(9.0, False), (10.0, False), (11.0, False)]) == "10.0 (9.0 to 11.0)"
+    assert distillation.spread([(9.0, True)]) == "≤ 9.0"
+    assert distillation.spread([(9.0, False), None]) == "reached by 1 of 2 seeds"
+
+
+@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").iterdir()), ids=lambda path: path.stem)
+def test_recipes_are_understood(recipe, tmp_path):
+    parser = TrlParser((DistillArguments, CertaintyForcingConfig, ModelConfig))
+    flags = ["--config", str(recipe), "--output_dir", str(tmp_path), "--bf16", "false"]
+    arguments, config, model = parser.parse_args_and_config(flags)
+    assert model.use_peft and model.lora_r == model.lora_alpha and config.threshold <= 0.5
+    assert Path(arguments.judge.partition(":")[0]).name == "judges.py" and load_judge(
+        str(EXAMPLES.parent / arguments.judge)
+    )
+
+
+@pytest.mark.parametrize("config", sorted((EXAMPLES / "accelerate_configs").iterdir()), ids=lambda path: path.stem)
+def test_accelerate_configs_are_understood(config):
+    loaded = load_config_from_file(str(config))
+    kinds = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
+    assert loaded.distributed_type == kinds[config.stem] and loaded.mixed_precision == "bf16"
 
 
 @pytest.mark.slow
@@ -179,4 +203,4 @@ def test_the_proof_runs_and_goes_on(tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", trust_remote_code=True)
     assert model.generation_config.unmasking in ("entropy_threshold", "entropy_bound")
     again = run("word_problems/distillation.py", *flags, cwd=tmp_path)
-    assert again.stdout.splitlines()[-12:] == result.stdout.splitlines()[-12:] and "trained in" not in again.stdout
+    assert again.stdout.splitlines()[-12:] == result.stdout.splitlines()[-12:] and "train_loss" not in again.stdout

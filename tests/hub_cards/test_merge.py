@@ -71,6 +71,12 @@ print(model.generate(inputs["input_ids"])[0].tolist())
     assert run.stdout.strip().splitlines()[-1] == str(expected)
 
 
+def test_the_threshold_belongs_to_the_policy(trained, tmp_path, word_tokenizer):
+    trained.generation_config.unmasking, trained.generation_config.threshold = "confidence_threshold", 0.9
+    merged = merge_adapter(trained, tmp_path / "merged", word_tokenizer, unmasking="entropy_threshold")
+    assert merged.generation_config.threshold is None
+
+
 def test_what_cannot_be_merged(tmp_path, word_model, word_tokenizer):
     with pytest.raises(ValueError, match="`adapter` is a LLaDAModelLM without an adapter"):
         merge_adapter(word_model, tmp_path)

@@ -97,6 +97,16 @@ def test_one_view_only(tmp_path, word_tokenizer):
     assert 0 < half.compute_loss(half.model, batch) < both.compute_loss(both.model, batch)
 
 
+def test_a_batch_without_anything_to_score(tmp_path, word_tokenizer):
+    """As at the first step of a mask ratio that grows from 0."""
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, complementary=False, mask_ratio_start=0.0, max_steps=3, learning_rate=1e-3
+    )
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    assert losses[0] == 0 < losses[1]
+
+
 def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
     results = [
         weights_after(

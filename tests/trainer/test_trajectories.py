@@ -74,11 +74,24 @@ def test_a_broken_run_goes_on(word_model, word_tokenizer, tmp_path, monkeypatch)
     assert other["input_ids"][:] != expected["input_ids"][:]
 
 
+def test_columns_that_are_carried_along_may_be_empty(word_model, word_tokenizer, tmp_path):
+    """In one shard and not in the other."""
+    rows = [{"prompt": "Sam has 3.", "n": None, "x": {"a": None}}, {"prompt": "Sam has 4.", "n": 1.5, "x": {"a": [1]}}]
+    result = generate_trajectories(
+        word_model, word_tokenizer, Dataset.from_list(rows), tmp_path, shard_size=1, **SETTINGS
+    )
+    assert result["n"][:] == [None, 1.5] and result["x"][:] == [{"a": None}, {"a": [1]}]
+
+
 def test_changes_are_noticed(word_model, word_tokenizer, llada, tmp_path):
     def run(model=word_model, rows=None, **changes):
         return generate_trajectories(model, word_tokenizer, rows or prompts(), tmp_path, **(SETTINGS | changes))
 
     first = run(judge=lambda row: True)
+    word_model.generation_config.block_length = 8
+    with pytest.raises(ValueError, match="`generate` was"):
+        run()
+    word_model.generation_config.block_length = None
     for changes, name in (
         ({"threshold": 0.8}, "`generate` was"),
         ({"seed": 1}, "`seed` was 0, is 1"),
@@ -116,7 +129,8 @@ def test_the_digest_knows_weights_and_configuration(llada):
         ([{"question": "a"}], {}, r"a column `prompt`, but got \['question'\]"),
         ([{"prompt": "a", "correct": 1}], {}, r"has the columns \['correct'\]"),
         ([{"prompt": ""}], {}, "`prompt=''` is empty"),
-        ([{"prompt": "a"}], {"num_return_sequences": 2}, "`num_return_sequences=2` must be 1"),
+        ([{"prompt": "a"}], {"num_return_sequences": 2, "do_sample": True}, "`num_return_sequences=2` must be 1"),
+        ([{"prompt": "a"}], {"treshold": 2}, r"\['treshold'\] are no fields of DiffusionGenerationConfig"),
         (
             [{"prompt": "a"}, {"prompt": "Sam " * 2020}],
             {"max_new_tokens": 64},

@@ -53,3 +53,8 @@ def test_a_sharded_model_gives_the_same_loss_gradients_and_tokens(tmp_path):
     for result in launch("shard", tmp_path, 2):
         assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-5)
         assert result["gradients"] < 1e-5 and result["same_tokens"]
+
+
+def test_a_sharded_model_with_an_adapter_decodes(tmp_path):
+    for whole, sharded in launch("shard_adapter", tmp_path, 2):
+        assert whole == pytest.approx(sharded) and whole["nfe"] > 1

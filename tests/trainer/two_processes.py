@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from golden import CHECKPOINT
+from peft import LoraConfig
 from test_certainty_forcing_trainer import settings
 from test_masked_diffusion_trainer import rows, small_model
 from torch.distributed.fsdp import fully_shard
@@ -74,11 +75,37 @@ def shard(output_dir, tokenizer):
     return {"losses": [loss.item() for loss in losses], "gradients": max(differences), "same_tokens": same}
 
 
+def shard_adapter(output_dir, tokenizer):
+    """What evaluation decodes with an adapter on a model that is sharded by FSDP2, beside the whole one."""
+    args = settings(output_dir, eval_decoding_samples=5, eval_max_new_tokens=16)
+    dataset = Dataset.from_list(rows(5))
+    results = []
+    for is_sharded in (False, True):
+        trainer = CertaintyForcingTrainer(
+            LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32), args, eval_dataset=dataset,
+            processing_class=tokenizer, peft_config=LoraConfig(r=2), judge=lambda row: "5" in row["response"],
+        )  # fmt: skip
+        if is_sharded:
+            for block in trainer.model.get_base_model().model.transformer.blocks:
+                fully_shard(block)
+            fully_shard(trainer.model)
+        batch = trainer.data_collator([{**row, "example_id": 0} for row in [trainer.eval_dataset[0]]])
+        trainer.compute_loss(trainer.model, batch)
+        results.append(trainer._decode(list(dataset)))
+    return results
+
+
 if __name__ == "__main__":
     task, output_dir = sys.argv[1:]
     PartialState(cpu=True)
-    result = {"train": train, "evaluate": evaluate, "trajectories": trajectories, "shard": shard}[task](
-        output_dir, AutoTokenizer.from_pretrained(CHECKPOINT)
-    )
+    result = {
+        "train": train,
+        "evaluate": evaluate,
+        "trajectories": trajectories,
+        "shard": shard,
+        "shard_adapter": shard_adapter,
+    }[task](output_dir, AutoTokenizer.from_pretrained(CHECKPOINT))
     name = f"{task}-{os.environ.get('WORLD_SIZE', '1')}-{PartialState().process_index}.json"
     (Path(output_dir) / name).write_text(json.dumps(result))
+    PartialState().wait_for_everyone()
+    PartialState().destroy_process_group()

@@ -36,12 +36,11 @@ def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> Tok
     log_probs = logits.float().log_softmax(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     log_probs[..., mask_token_id] = -torch.inf
-    best = log_probs.topk(2, dim=-1).values.exp()
-    if warpers is None:
-        # Not the indices of topk, which leaves open which of equal values comes first.
-        token = log_probs.argmax(dim=-1)
-    else:
+    # Not topk, which leaves open which of equal values comes first, and takes its time.
+    best, token = log_probs.max(dim=-1)
+    second = log_probs.scatter(-1, token[..., None], -torch.inf).amax(dim=-1)
+    if warpers is not None:
         scores = warpers(None, log_probs.flatten(0, 1))
         token = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).view(log_probs.shape[:-1])
     confidence = log_probs.gather(-1, token[..., None])[..., 0].exp()
-    return TokenStatistics(token, confidence, entropy, best[..., 0] - best[..., 1])
+    return TokenStatistics(token, confidence, entropy, best.exp() - second.exp())

@@ -8,8 +8,10 @@ what the one before it chose among equally good wordings is what the next one le
 problems over a range of thresholds, the last student all 5,000 at the threshold that was chosen for it on validation
 problems. Out come `report.md`, `accuracy_against_nfe.png` and the folder `student`.
 
-What was computed is not computed again: after a kill, the same command goes on. For a try on a CPU, `--num_prompts 64
---max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
+What was computed is not computed again: after a kill, the same command goes on. A small model leaves a GPU idle while
+the next student is compiled, so after `--until trajectories` seeds may be trained side by side, with `--until students
+--seeds 1 --rounds 1` and the like. For a try on a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8
+--seeds 0`.
 """
 
 import argparse
@@ -63,7 +65,7 @@ TEACHER_DECODINGS = [
     *sweep("entropy_bound", "threshold", [0.1, 0.2, 0.4, 0.8]),
 ]
 STUDENT_DECODINGS = [
-    *sweep("entropy_threshold", "threshold", [0.05, 0.1, 0.2, 0.3, 0.5]),
+    *sweep("entropy_threshold", "threshold", [0.05, 0.1, 0.2, 0.3]),
     *sweep("entropy_bound", "threshold", [0.05, 0.1, 0.2]),
 ]
 
@@ -309,6 +311,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS, help="of the final comparison")
     parser.add_argument("--ablation_problems", type=int, default=2000, help="of each point of the curves")
+    stages = ["trajectories", "students", "report"]
+    parser.add_argument("--until", default="report", choices=stages, help="stop after this stage")
     parser.add_argument("--num_proc", type=int, help="processes for generating and tokenizing problems")
     arguments = parser.parse_args()
     folder, students = arguments.output_dir, arguments.output_dir / "students"
@@ -317,6 +321,8 @@ def main():
     tokenizer = AutoTokenizer.from_pretrained(TEACHER, padding_side="left")
 
     dataset = right_answers(TEACHER, folder / "trajectories-1", PROMPT_SEED, arguments, tokenizer)
+    if arguments.until == "trajectories":
+        return
     cells = {
         (variant, seed): students / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
         for variant in VARIANTS
@@ -334,6 +340,8 @@ def main():
         latest = train_student(latest, path, dataset, tokenizer, arguments, arguments.seeds[0], VARIANTS[WHOLE_METHOD])
         rounds[number] = latest
 
+    if arguments.until == "students":
+        return
     problems = list(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))[: arguments.problems]
     few = problems[: arguments.ablation_problems]
     validation = list(generate_problems("validation", 2000, VALIDATION_SEED))[: arguments.problems]

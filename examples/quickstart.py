@@ -80,8 +80,7 @@ def show_live(model, tokenizer, problem):
         streamer=LiveCanvas(tokenizer, model.config.mask_token_id),
         return_dict_in_generate=True,
     )
-    passes = output.num_forward_passes.item()
-    tokens = round(output.tokens_per_forward.item() * passes)
+    tokens, passes = output.num_tokens.item(), output.num_forward_passes.item()
     print(f"\n{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
 
 

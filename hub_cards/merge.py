@@ -1,5 +1,6 @@
 """From an adapter to a plain checkpoint that anybody loads."""
 
+import copy
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
@@ -43,13 +44,12 @@ def merge_adapter(
     if not hasattr(adapter.base_model, "merge_and_unload") or config.is_prompt_learning:
         raise ValueError(f"`adapter` is of type {config.peft_type.value}, which has no weights to merge.")
     # Before the merge, so that a wrong setting leaves the model as it was.
-    unknown = sorted(set(generation_settings) - set(adapter.generation_config.to_dict()))
+    generation_config = copy.deepcopy(adapter.generation_config)
+    if generation_settings.get("unmasking", generation_config.unmasking) != generation_config.unmasking:
+        generation_settings = {"threshold": None, "steps": None, **generation_settings}  # not the other policy's
+    unknown = generation_config.update(**generation_settings)
     if unknown:
-        raise ValueError(f"{unknown} are no fields of {type(adapter.generation_config).__name__}.")
-    settings = adapter.generation_config.to_dict()
-    if generation_settings.get("unmasking", settings.get("unmasking")) != settings.get("unmasking"):
-        settings |= {"threshold": None, "steps": None}  # those of the other policy
-    generation_config = type(adapter.generation_config)(**(settings | generation_settings))
+        raise ValueError(f"{sorted(unknown)} are no fields of {type(generation_config).__name__}.")
     if tokenizer is None:
         has_own = source is not None and (Path(source) / "tokenizer_config.json").exists()
         tokenizer = AutoTokenizer.from_pretrained(source if has_own else base_model or config.base_model_name_or_path)

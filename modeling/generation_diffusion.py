@@ -171,6 +171,11 @@ class DiffusionGenerationOutput(ModelOutput):
     unmasking_step: torch.LongTensor | None = None
     unmasking_confidence: torch.FloatTensor | None = None
 
+    @property
+    def num_tokens(self) -> torch.LongTensor:
+        """Tokens of each answer up to and including the first end-of-text, (B,)."""
+        return (self.tokens_per_forward * self.num_forward_passes).round().long()
+
 
 class Canvas:
     """The state of one decoding. Tensors stay on the device; `look` brings the little that the loop decides by to the

@@ -70,31 +70,29 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        def require(condition, name, allowed):
-            if not condition:
-                raise ValueError(f"`{name}={getattr(self, name)!r}` is not allowed: it must be {allowed}.")
-
-        require(self.masking in MASKINGS, "masking", f"one of {', '.join(map(repr, MASKINGS))}")
-        require(self.block_length is not None, "block_length", "at least 1 (`masking='response'` ignores it)")
+        self._require(self.masking in MASKINGS, "masking", f"one of {', '.join(map(repr, MASKINGS))}")
+        self._require(self.block_length is not None, "block_length", "at least 1 (`masking='response'` ignores it)")
         start = self.block_length_start
-        require(start is None or 1 <= start, "block_length_start", "at least 1, or None")
-        require(0 < self.mask_ratio <= 1, "mask_ratio", "above 0 and at most 1")
+        self._require(start is None or 1 <= start, "block_length_start", "at least 1, or None")
+        self._require(0 < self.mask_ratio <= 1, "mask_ratio", "above 0 and at most 1")
         for name in ("mask_ratio_low", "mask_ratio_start"):
-            require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "from 0 to 1, or None")
-        require(0 <= self.trajectory_weight, "trajectory_weight", "at least 0")
-        require(0 <= self.certainty_weight, "certainty_weight", "at least 0")
-        require(0 < self.certainty_temperature, "certainty_temperature", "above 0")
+            self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "from 0 to 1, or None")
+        self._require(0 <= self.trajectory_weight, "trajectory_weight", "at least 0")
+        self._require(0 <= self.certainty_weight, "certainty_weight", "at least 0")
+        self._require(0 < self.certainty_temperature, "certainty_temperature", "above 0")
         thresholded = [name for name, policy in POLICIES.items() if not policy.is_scheduled]
-        require(self.unmasking in thresholded, "unmasking", f"one of {', '.join(map(repr, thresholded))}")
+        self._require(self.unmasking in thresholded, "unmasking", f"one of {', '.join(map(repr, thresholded))}")
         policy = POLICIES[self.unmasking]
         if self.threshold is None:
             self.threshold = policy.default
-        require(policy.allows(self.threshold), "threshold", f"{policy.range} for `unmasking={self.unmasking!r}`")
-        require(self.eval_decoding_samples >= 0, "eval_decoding_samples", "at least 0")
+        self._require(policy.allows(self.threshold), "threshold", f"{policy.range} for `unmasking={self.unmasking!r}`")
+        self._require(self.eval_decoding_samples >= 0, "eval_decoding_samples", "at least 0")
         for name in ("eval_max_new_tokens", "eval_decoding_batch_size"):
-            require(getattr(self, name) >= 1, name, "at least 1")
+            self._require(getattr(self, name) >= 1, name, "at least 1")
         default = type(self).__dataclass_fields__["loss_weighting"].default
-        require(self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens")
+        self._require(
+            self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens"
+        )
 
     @property
     def decoding(self) -> dict:

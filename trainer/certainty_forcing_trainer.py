@@ -42,6 +42,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     """
 
     _tag_names = ["dparallel", "diffusion", "dllm", "certainty-forcing"]
+    _config_class = CertaintyForcingConfig
 
     def __init__(
         self,
@@ -59,19 +60,17 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     ):
         if args is None:
             args = CertaintyForcingConfig(output_dir="certainty-forcing")
-        if not isinstance(args, CertaintyForcingConfig):
-            raise ValueError(f"`args` is a {type(args).__name__}: it must be a CertaintyForcingConfig.")
         super().__init__(
-            model,
-            args,
-            data_collator,
-            train_dataset,
-            eval_dataset,
-            processing_class,
-            compute_metrics,
-            callbacks,
-            optimizers,
-            peft_config,
+            model=model,
+            args=args,
+            data_collator=data_collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            peft_config=peft_config,
         )
         self.judge = judge
         self._decoding_rows = []

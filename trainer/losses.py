@@ -25,8 +25,7 @@ def masked_diffusion_losses(logits, labels, masked, mask_ratio, span_length, los
     Returns:
         The losses of the rows, (B,).
     """
-    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    row_sums = losses.view_as(labels).masked_fill(~masked, 0.0).sum(dim=1)
+    row_sums = cross_entropies(logits, labels).masked_fill(~masked, 0.0).sum(dim=1)
     denominators = {
         "inverse_t": mask_ratio * span_length,
         "uniform": masked.sum(dim=1).clamp(min=1),
@@ -50,17 +49,21 @@ def certainty_forcing_losses(logits, labels, masked, temperature=0.5):
         softmax(logits / temperature), in nats, over those of them whose likeliest token already is the label; 0 where
         there are none.
     """
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
     log_probs = (logits / temperature).log_softmax(dim=-1)
     entropy = -(log_probs.exp() * log_probs).sum(dim=-1)
     is_right = masked & (logits.argmax(dim=-1) == labels)
-    return row_means(cross_entropy, masked), row_means(entropy, is_right)
+    return row_means(cross_entropies(logits, labels), masked), row_means(entropy, is_right)
 
 
 def certainty_forcing_loss(logits, labels, masked, temperature=0.5):
     """`certainty_forcing_losses`, averaged over the rows: (trajectory loss, certainty loss), two scalars."""
     trajectory, certainty = certainty_forcing_losses(logits, labels, masked, temperature)
     return trajectory.mean(), certainty.mean()
+
+
+def cross_entropies(logits, labels):
+    """Of each token: (B, T, V), (B, T) -> (B, T)."""
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
 def row_means(values, counted):

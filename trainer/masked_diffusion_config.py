@@ -65,9 +65,11 @@ class MaskedDiffusionConfig(TrainingArguments):
     def __post_init__(self):
         for name in ("max_length", "response_length", "block_length", "pad_to_multiple_of"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}={value!r}` is not allowed: it must be at least 1, or None.")
-        if self.loss_weighting not in LOSS_WEIGHTINGS:
-            allowed = ", ".join(map(repr, LOSS_WEIGHTINGS))
-            raise ValueError(f"`loss_weighting={self.loss_weighting!r}` is not allowed: it must be one of {allowed}.")
+            self._require(value is None or value >= 1, name, "at least 1, or None")
+        allowed = f"one of {', '.join(map(repr, LOSS_WEIGHTINGS))}"
+        self._require(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", allowed)
         super().__post_init__()
+
+    def _require(self, condition, name, allowed):
+        if not condition:
+            raise ValueError(f"`{name}={getattr(self, name)!r}` is not allowed: it must be {allowed}.")

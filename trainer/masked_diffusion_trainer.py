@@ -71,11 +71,13 @@ class MaskedDiffusionTrainer(Trainer):
         callbacks, optimizers: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model in an adapter.
 
-    Logged besides the loss: `masked_accuracy` (share of masked tokens whose prediction is right) and `mean_confidence`
-    (probability of the predicted token at masked positions), at evaluation with the prefix `eval_`.
+    Logged besides the loss: `masked_accuracy` (share of masked tokens whose prediction is right), `mean_confidence`
+    (probability of the predicted token at masked positions) and `mean_entropy` (there, in nats); at evaluation with
+    the prefix `eval_`.
     """
 
     _tag_names = ["dparallel", "diffusion", "dllm"]
+    _config_class = MaskedDiffusionConfig
 
     def __init__(
         self,
@@ -96,8 +98,8 @@ class MaskedDiffusionTrainer(Trainer):
             args = MaskedDiffusionConfig(
                 output_dir=f"{Path(str(model)).name if isinstance(model, str) else 'model'}-ft"
             )
-        if not isinstance(args, MaskedDiffusionConfig):
-            raise ValueError(f"`args` is a {type(args).__name__}: it must be a MaskedDiffusionConfig.")
+        if not isinstance(args, self._config_class):
+            raise ValueError(f"`args` is a {type(args).__name__}: it must be a {self._config_class.__name__}.")
         set_seed(args.seed)
         if isinstance(model, str):
             model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))

@@ -147,7 +147,6 @@ def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
         **settings,
     )
     answers, steps = output.sequences[:, width:].tolist(), output.unmasking_step.tolist()
-    lengths = (output.tokens_per_forward * output.num_forward_passes).round().long().tolist()
     return [
         {
             "input_ids": [*prompt, *answer[:length]],
@@ -157,7 +156,7 @@ def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
             "unmasking_step": step[:length],
         }
         for prompt, answer, step, length, passes in zip(
-            prompts, answers, steps, lengths, output.num_forward_passes.tolist(), strict=True
+            prompts, answers, steps, output.num_tokens.tolist(), output.num_forward_passes.tolist(), strict=True
         )
     ]
 

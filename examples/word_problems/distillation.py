@@ -26,6 +26,7 @@ import torch
 from datasets import Dataset
 from evaluation import ANSWER_LENGTH, evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
+from train import generated_dataset
 from transformers import AutoTokenizer
 
 from dparallel.modeling import LLaDAModelLM
@@ -89,19 +90,13 @@ def load(path):
     return compiled
 
 
-def prompt_rows(seeds, count):
-    for seed in seeds:
-        for problem in generate_problems("train", count, seed):
-            yield {"prompt": to_conversation(problem)["prompt"], "answer": problem.answer}
+def to_prompt(problem):
+    return {"prompt": to_conversation(problem)["prompt"], "answer": problem.answer}
 
 
 def prompts(count, seed, num_proc):
-    shards = num_proc or 1
     with tempfile.TemporaryDirectory() as cache:
-        seeds = [seed * 1000 + shard for shard in range(shards)]
-        dataset = Dataset.from_generator(
-            prompt_rows, gen_kwargs={"seeds": seeds, "count": -(-count // shards)}, num_proc=shards, cache_dir=cache
-        )
+        dataset = generated_dataset(to_prompt, "train", count, seed, num_proc or 1, cache)
         return Dataset.from_list(dataset.to_list()[:count])
 
 

@@ -55,13 +55,13 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
         output = model.generate(
             **batch.to(model.device), max_new_tokens=ANSWER_LENGTH, return_dict_in_generate=True, **settings
         )
-        lengths = (output.tokens_per_forward * output.num_forward_passes).round().long()
+        lengths = output.num_tokens.tolist()
         answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        answers = [answer[:length] for answer, length in zip(answers, lengths.tolist(), strict=True)]
+        answers = [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
         for i, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
             correct[i] = is_correct(text, problems[i].answer)
         passes += output.num_forward_passes.sum().item()
-        tokens += lengths.sum().item()
+        tokens += sum(lengths)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return Result(name, settings, correct, passes / len(problems), tokens / passes, time.perf_counter() - start)

@@ -51,17 +51,18 @@ class Config(MaskedDiffusionConfig):
     dataloader_drop_last: bool = True
 
 
-def generated_rows(split, seeds, count):
+def generated_rows(to_row, split, seeds, count):
     for seed in seeds:
         for problem in generate_problems(split, count, seed):
-            yield to_conversation(problem)
+            yield to_row(problem)
 
 
-def generated_dataset(split, count, seed, num_shards, cache_dir):
-    """`count` conversations. Each shard has a seed of its own, so that processes can share the work."""
+def generated_dataset(to_row, split, count, seed, num_shards, cache_dir):
+    """`to_row` of at least `count` problems. Each shard has its own seed, so that processes share the work."""
     return Dataset.from_generator(
         generated_rows,
         gen_kwargs={
+            "to_row": to_row,
             "split": split,
             "seeds": [seed * 1000 + shard for shard in range(num_shards)],
             "count": -(-count // num_shards),
@@ -100,7 +101,9 @@ def main():
         trainer = MaskedDiffusionTrainer(
             model=model,
             args=config,
-            train_dataset=generated_dataset("train", arguments.num_train_problems, config.seed, shards, cache),
+            train_dataset=generated_dataset(
+                to_conversation, "train", arguments.num_train_problems, config.seed, shards, cache
+            ),
             processing_class=tokenizer,
         )
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

@@ -1,6 +1,6 @@
-"""Solve word problems with a diffusion language model: one live, then a table of policies.
+"""Solve word problems with a diffusion language model and with its distilled student: one live, then a table.
 
-python examples/quickstart.py                        # the model in the box, on the CPU in under two minutes
+python examples/quickstart.py                        # the models in the box, on the CPU in under two minutes
 python examples/quickstart.py --problems 5000        # all held-out problems: use a GPU
 python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
 """
@@ -24,7 +24,8 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 
 import dparallel.modeling  # noqa: F401  (for official repositories, whose own remote code is older)
 
-CHECKPOINT = Path(__file__).parent / "word_problems" / "checkpoint"
+BOX = Path(__file__).parent / "word_problems"
+MODELS = {"teacher": BOX / "checkpoint", "student": BOX / "student"}
 DECODINGS = [
     {"unmasking": "confidence", "steps": ANSWER_LENGTH},
     {"unmasking": "confidence", "steps": ANSWER_LENGTH // 4},
@@ -70,8 +71,8 @@ class LiveCanvas(BaseStreamer):
         print()
 
 
-def show_live(model, tokenizer, problem):
-    print(f"Question: {problem.question}\n\nAnswer, as the canvas fills in:")
+def show_live(name, model, tokenizer, problem):
+    print(f"\nThe {name}'s answer, as the canvas fills in:")
     messages = [{"role": "user", "content": problem.question}]
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(
@@ -81,22 +82,31 @@ def show_live(model, tokenizer, problem):
         return_dict_in_generate=True,
     )
     tokens, passes = output.num_tokens.item(), output.num_forward_passes.item()
-    print(f"\n{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
+    print(f"{tokens} tokens in {passes} forward passes; the answer is {problem.answer}.")
 
 
-def table_row(result):
+def own_decoding(model):
+    """The policy that the checkpoint was saved with, as a distilled one is; None if it names none."""
+    config = model.generation_config
+    if getattr(config, "unmasking", None) is None:
+        return None
+    key = "threshold" if getattr(config, "threshold", None) is not None else "steps"
+    return {"unmasking": config.unmasking, key: getattr(config, key)}
+
+
+def table_row(model_name, result):
     low, high = result.interval
     name, setting = result.settings.values()
     key = list(result.settings)[1]
     return (
-        f"| `{name}`, {key} {setting:g} | {result.nfe:.1f} | {result.tpf:.2f} | {result.seconds:.1f} | "
+        f"| {model_name} | `{name}`, {key} {setting:g} | {result.nfe:.1f} | {result.tpf:.2f} | {result.seconds:.1f} | "
         f"{100 * result.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f}) |"
     )
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(CHECKPOINT), help="Hub id or folder; default: the model in the box")
+    parser.add_argument("--model", help="Hub id or folder; default: teacher and student in the box")
     parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
     parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 256 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,24 +116,37 @@ def main():
         parser.error(f"--problems {arguments.problems}: it must be from 1 to {NUM_TEST_PROBLEMS}")
 
     batch_size = arguments.batch_size or (4 if arguments.device == "cpu" else 256)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=arguments.dtype)
-    model = model.to(arguments.device).eval()
+    paths = {"model": arguments.model} if arguments.model else MODELS
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(paths.values())), trust_remote_code=True, padding_side="left")
+    models = {
+        name: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
+        .to(arguments.device)
+        .eval()
+        for name, path in paths.items()
+    }
     problems = list(islice(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED), arguments.problems))
 
-    show_live(model, tokenizer, problems[0])
+    print(f"Question: {problems[0].question}")
+    for name, model in models.items():
+        show_live(name, model, tokenizer, problems[0])
 
-    device = torch.cuda.get_device_name() if model.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if arguments.device.startswith("cuda")
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     print(
         f"\n{len(problems)} held-out problems, answers of up to {ANSWER_LENGTH} tokens, stopping at end-of-text, "
         f"batch size {batch_size}\n{device}, Python {platform.python_version()}, torch {torch.__version__}, "
         f"transformers {transformers.__version__}, {date.today()}\n"
     )
-    print("| policy | NFE | TPF | seconds | accuracy % (95% interval) |\n| --- | --- | --- | --- | --- |", flush=True)
-    for settings in DECODINGS:
-        name = settings["unmasking"]
-        result = evaluate(model, tokenizer, problems, name, batch_size, **settings)
-        print(table_row(result), flush=True)
+    print("| model | policy | NFE | TPF | seconds | accuracy % (95% interval) |\n" + "| --- " * 6 + "|", flush=True)
+    for name, model in models.items():
+        own = own_decoding(model)
+        decodings = [own] if name == "student" else DECODINGS + ([own] if own else [])
+        for settings in decodings:
+            result = evaluate(model, tokenizer, problems, settings["unmasking"], batch_size, **settings)
+            print(table_row(name, result), flush=True)
     print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
     if arguments.problems < NUM_TEST_PROBLEMS:
         print(f"{arguments.problems} problems leave wide intervals; `--problems {NUM_TEST_PROBLEMS}` narrows them.")

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 FIXTURES = Path(__file__).parent / "fixtures"
 CHECKPOINT = Path(__file__).parents[1] / "examples" / "word_problems" / "checkpoint"
+STUDENT = CHECKPOINT.parent / "student"
 
 
 def load_cases(name):

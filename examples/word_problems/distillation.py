@@ -2,27 +2,30 @@
 
     python examples/word_problems/distillation.py --output_dir runs/distillation --num_proc 16
 
-The teacher answers training problems. Students, one for each variant and seed, learn from its right answers. The
-student of the whole method then is the teacher of the next round, and so on: each round answers in fewer passes, since
-what the one before it chose among equally good wordings is what the next one learns. Teacher and students solve test
-problems over a range of thresholds, the last student all 5,000 at the threshold that was chosen for it on validation
-problems. Out come `report.md`, `accuracy_against_nfe.png` and the folder `student`.
+The teacher answers training problems. Students, one for each variant and seed, learn from its right answers. Some of
+them then are the teacher of a next round, and so on: each round answers in fewer passes, since what the one before it
+chose among equally good wordings is what the next one learns. Teacher and students solve test problems over a range of
+thresholds, the last student all 5,000 at the threshold that was chosen for it on validation problems. Out come
+`report.md`, `results.json`, `accuracy_against_nfe.png` and the folder `student`.
 
 What was computed is not computed again: after a kill, the same command goes on. A small model leaves a GPU idle while
-the next student is compiled, so after `--until trajectories` seeds may be trained side by side, with `--until students
---seeds 1 --rounds 1` and the like. For a try on a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8
---seeds 0`.
+the next student is compiled, so after `--until trajectories` several processes may share the students, each with
+`--until curves` and its own `--variants` or `--seeds`, before the command without these makes the report. For a try on
+a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
 """
 
 import argparse
 import itertools
 import json
+import platform
 import statistics
 import tempfile
 import time
+from datetime import date
 from pathlib import Path
 
 import torch
+import transformers
 from datasets import Dataset
 from evaluation import ANSWER_LENGTH, evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
@@ -45,12 +48,16 @@ ANY_RATIO = {"mask_ratio": 1.0, "mask_ratio_low": 0.0}
 VARIANTS = {
     "trajectory loss only": {**ANY_RATIO, "certainty_weight": 0.0},
     "certainty loss only": {**ANY_RATIO, "trajectory_weight": 0.0},
-    "both": ANY_RATIO,
-    "both, masks not block-wise": {**ANY_RATIO, "masking": "response"},
-    "both, masks in trajectory order": {**ANY_RATIO, "masking": "trajectory"},
-    "both, half of a block masked": {},
+    "both losses": ANY_RATIO,
+    "both losses, certainty weight 0.5": {**ANY_RATIO, "certainty_weight": 0.5},
+    "both losses, certainty temperature 1": {**ANY_RATIO, "certainty_temperature": 1.0},
+    "both losses, masks not block-wise": {**ANY_RATIO, "masking": "response"},
+    "both losses, masks in trajectory order": {**ANY_RATIO, "masking": "trajectory"},
+    "trajectory loss only, half of a block masked": {"certainty_weight": 0.0},
+    "both losses, half of a block masked": {},
 }
-WHOLE_METHOD = "both"
+WHOLE_METHOD = "both losses"
+WITH_ROUNDS, FIRST_SEED = ("trajectory loss only", WHOLE_METHOD), 0  # which students become teachers
 
 
 def sweep(unmasking, name, values):
@@ -66,8 +73,8 @@ TEACHER_DECODINGS = [
     *sweep("entropy_bound", "threshold", [0.1, 0.2, 0.4, 0.8]),
 ]
 STUDENT_DECODINGS = [
-    *sweep("entropy_threshold", "threshold", [0.05, 0.1, 0.2, 0.3]),
-    *sweep("entropy_bound", "threshold", [0.05, 0.1, 0.2]),
+    *sweep("entropy_threshold", "threshold", [0.05, 0.1, 0.2, 0.3, 0.5]),
+    *sweep("entropy_bound", "threshold", [0.05, 0.1, 0.2, 0.4]),
 ]
 
 
@@ -183,11 +190,15 @@ def measure(path, decodings, problems, tokenizer, folder, **settings):
     return map_in_shards(compute, decodings, folder, job, shard_size=1, desc=folder.name)
 
 
+def brief(row):
+    """A row as the results hold it: without the list of problems."""
+    numbers = {name: row[name] for name in ("nfe", "tpf", "seconds", "accuracy")}
+    return {"decoding": json.loads(row["decoding"]), **numbers, "problems": len(row["correct"])}
+
+
 def curve(rows, unmasking):
     """(NFE, accuracy) of the decodings by one policy, the fastest first."""
-    return sorted(
-        (row["nfe"], row["accuracy"]) for row in rows if json.loads(row["decoding"])["unmasking"] == unmasking
-    )
+    return sorted((row["nfe"], row["accuracy"]) for row in rows if row["decoding"]["unmasking"] == unmasking)
 
 
 def nfe_at(points, accuracy):
@@ -218,15 +229,15 @@ def paired_difference(rows, others):
     return f"{100 * mean:+.1f} ({100 * (mean - 1.96 * error):+.1f} to {100 * (mean + 1.96 * error):+.1f})"
 
 
-def report(teacher, students, rounds, chosen, folder):
-    """Tables as Markdown, and the plot. `students` maps a variant to the rows of each seed; `chosen` maps a setting
-    to the rows of teacher and student by it."""
-    one_token = next(row for row in teacher if json.loads(row["decoding"]) == ONE_TOKEN)
+def report(results, folder):
+    """Tables as Markdown, and the plot, from what is in `results.json`."""
+    teacher, students = results["teacher"], results["students"]
+    one_token = next(row for row in teacher if row["decoding"] == ONE_TOKEN)
     target = one_token["accuracy"] - ALLOWED_LOSS
     policies = ("entropy_threshold", "entropy_bound")
     lines = [
         f"NFE at which {100 * target:.1f}% are right, {100 * ALLOWED_LOSS:.0f} point less than the teacher at one "
-        f"token a step ({len(one_token['correct'])} problems, no stop at end-of-text):",
+        f"token a step ({one_token['problems']} problems, no stop at end-of-text):",
         "",
         "| model | entropy threshold | entropy bound | other policy |",
         "| --- | --- | --- | --- |",
@@ -237,8 +248,12 @@ def report(teacher, students, rounds, chosen, folder):
     )
     cells = [spread([nfe_at(curve(teacher, policy), target)]) for policy in policies]
     lines.append(f"| teacher | {' | '.join(cells)} | {others} |")
-    measured = {**students, **{f"round {number}": [rows] for number, rows in rounds.items()}}
-    for name, seeds in measured.items():
+    by_name = {}
+    for student in students:
+        for number, rows in enumerate(student["rounds"], start=1):
+            name = student["variant"] if number == 1 else f"{student['variant']}, round {number}"
+            by_name.setdefault(name, []).append(rows)
+    for name, seeds in by_name.items():
         cells = [spread([nfe_at(curve(rows, policy), target) for rows in seeds]) for policy in policies]
         lines.append(f"| {name} | {' | '.join(cells)} | |")
     lines += [
@@ -246,22 +261,19 @@ def report(teacher, students, rounds, chosen, folder):
         "| | decoding | stop at end-of-text | NFE | TPF | TPF with padding | accuracy % | student - teacher |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for stop, pair in chosen.items():
-        for name, row in pair.items():
-            decoding = json.loads(row["decoding"])
-            unmasking, (key, value) = decoding.pop("unmasking"), next(iter(decoding.items()))
-            padded = "" if stop else f"{ANSWER_LENGTH / row['nfe']:.1f}"
-            difference = paired_difference(row["correct"], pair["teacher"]["correct"]) if name != "teacher" else ""
-            lines.append(
-                f"| {name} | `{unmasking}`, {key} {value:g} | {'yes' if stop else 'no'} | {row['nfe']:.1f} | "
-                f"{row['tpf']:.2f} | {padded} | {100 * row['accuracy']:.1f} | {difference} |"
-            )
+    for row in results["chosen"]:
+        (_, unmasking), (key, value) = row["decoding"].items()
+        padded = "" if row["stop_at_eos"] else f"{ANSWER_LENGTH / row['nfe']:.1f}"
+        lines.append(
+            f"| {row['model']} | `{unmasking}`, {key} {value:g} | {'yes' if row['stop_at_eos'] else 'no'} | "
+            f"{row['nfe']:.1f} | {row['tpf']:.2f} | {padded} | {100 * row['accuracy']:.1f} | {row['difference']} |"
+        )
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(teacher, students, rounds, one_token, target, folder / "accuracy_against_nfe.png")
+    plot(teacher, students, target, one_token["problems"], folder / "accuracy_against_nfe.png")
 
 
-def plot(teacher, students, rounds, one_token, target, path):
+def plot(teacher, students, target, num_problems, path):
     import matplotlib
 
     matplotlib.use("agg")
@@ -274,12 +286,11 @@ def plot(teacher, students, rounds, one_token, target, path):
     for (unmasking, label), grey in zip(labels.items(), greys, strict=True):
         points = curve(teacher, unmasking)
         axes.plot(*zip(*points, strict=True), "o-", color=grey, markersize=3, label=f"teacher, {label}")
-    axes.plot(*zip(*curve(students["trajectory loss only"][0], "entropy_threshold"), strict=True), "s--", color="C0",
-              markersize=3, label="student, trajectory loss only")  # fmt: skip
-    first = {1: students[WHOLE_METHOD][0]}
-    for number, rows in (first | rounds).items():
-        axes.plot(*zip(*curve(rows, "entropy_threshold"), strict=True), "o-", color=f"C{number}", markersize=4,
-                  label=f"student, both losses, round {number}")  # fmt: skip
+    for variant, style in zip(WITH_ROUNDS, ("s--", "o-"), strict=True):
+        rounds = next(student["rounds"] for student in students if student["variant"] == variant)
+        for number, rows in enumerate(rounds, start=1):
+            axes.plot(*zip(*curve(rows, "entropy_threshold"), strict=True), style, color=f"C{number - 1}",
+                      markersize=4, label=f"student, {variant}, round {number}")  # fmt: skip
     axes.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
     axes.annotate("teacher at one token a step, less 1 point", (128, target), (0, -10), textcoords="offset points",
                   ha="right", fontsize=7, color="0.3")  # fmt: skip
@@ -289,7 +300,7 @@ def plot(teacher, students, rounds, one_token, target, path):
     axes.set_xlim(5, 140)
     axes.set_ylim(0.6, 1.0)
     axes.set_xlabel("forward passes for 128 tokens (NFE)")
-    axes.set_ylabel(f"accuracy on {len(one_token['correct'])} held-out problems")
+    axes.set_ylabel(f"accuracy on {num_problems} held-out problems")
     axes.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=130)
@@ -306,58 +317,55 @@ def main():
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS, help="of the final comparison")
     parser.add_argument("--ablation_problems", type=int, default=2000, help="of each point of the curves")
-    stages = ["trajectories", "students", "report"]
+    stages = ["trajectories", "curves", "report"]
     parser.add_argument("--until", default="report", choices=stages, help="stop after this stage")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--num_proc", type=int, help="processes for generating and tokenizing problems")
     arguments = parser.parse_args()
-    folder, students = arguments.output_dir, arguments.output_dir / "students"
-    measured = folder / "measured"
-    students.mkdir(parents=True, exist_ok=True)
+    if arguments.until == "report" and not (
+        FIRST_SEED in arguments.seeds and set(WITH_ROUNDS) <= set(arguments.variants)
+    ):
+        parser.error(f"a report needs seed {FIRST_SEED} and the variants {WITH_ROUNDS}; else say --until curves")
+    folder = arguments.output_dir
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(TEACHER, padding_side="left")
 
-    dataset = right_answers(TEACHER, folder / "trajectories-1", PROMPT_SEED, arguments, tokenizer)
+    dataset = right_answers(TEACHER, folder / "trajectories", PROMPT_SEED, arguments, tokenizer)
     if arguments.until == "trajectories":
         return
-    cells = {
-        (variant, seed): students / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
-        for variant in VARIANTS
-        for seed in arguments.seeds
-    }
-    models = {
-        (variant, seed): train_student(TEACHER, path, dataset, tokenizer, arguments, seed, VARIANTS[variant])
-        for (variant, seed), path in cells.items()
-    }
-    latest, rounds = models[WHOLE_METHOD, arguments.seeds[0]], {}
-    for number in range(2, arguments.rounds + 1):
-        answers = folder / f"trajectories-{number}"
-        dataset = right_answers(latest, answers, PROMPT_SEED + number - 1, arguments, tokenizer)
-        path = students / f"round-{number}"
-        latest = train_student(latest, path, dataset, tokenizer, arguments, arguments.seeds[0], VARIANTS[WHOLE_METHOD])
-        rounds[number] = latest
+    students = {}  # the folders of each student's rounds
+    for variant, seed in itertools.product(arguments.variants, arguments.seeds):
+        path = folder / "students" / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
+        rounds = students[variant, seed] = [path / "round-1"]
+        train_student(TEACHER, path / "round-1", dataset, tokenizer, arguments, seed, VARIANTS[variant])
+        with_rounds = variant in WITH_ROUNDS and seed == FIRST_SEED
+        for number in range(2, arguments.rounds + 1 if with_rounds else 2):
+            teacher, prompt_seed = rounds[-1] / "model", PROMPT_SEED + number - 1
+            answers = right_answers(teacher, path / f"trajectories-{number}", prompt_seed, arguments, tokenizer)
+            rounds.append(path / f"round-{number}")
+            train_student(teacher, rounds[-1], answers, tokenizer, arguments, seed, VARIANTS[variant])
 
-    if arguments.until == "students":
-        return
     problems = list(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))[: arguments.problems]
     few = problems[: arguments.ablation_problems]
     validation = list(generate_problems("validation", 2000, VALIDATION_SEED))[: arguments.problems]
 
-    def measure_all(path, decodings, name, problems=few, stop_at_eos=False):
-        return list(measure(path, decodings, problems, tokenizer, measured / name, stop_at_eos=stop_at_eos))
+    def measure_all(model, decodings, where, problems=few, stop_at_eos=False):
+        return list(measure(model, decodings, problems, tokenizer, where, stop_at_eos=stop_at_eos))
 
-    teacher = measure_all(TEACHER, TEACHER_DECODINGS, "teacher")
-    by_variant = {
-        variant: [
-            measure_all(models[variant, seed], STUDENT_DECODINGS, cells[variant, seed].name)
-            for seed in arguments.seeds
-        ]
-        for variant in VARIANTS
-    }
-    by_round = {number: measure_all(path, STUDENT_DECODINGS, f"round-{number}") for number, path in rounds.items()}
+    curves = []
+    for (variant, seed), rounds in students.items():
+        rows = [[*map(brief, measure_all(path / "model", STUDENT_DECODINGS, path / "curve"))] for path in rounds]
+        curves.append({"variant": variant, "seed": seed, "rounds": rows})
+    if arguments.until == "curves":
+        return
+    measured = folder / "measured"
+    teacher = [*map(brief, measure_all(TEACHER, TEACHER_DECODINGS, measured / "teacher"))]
 
     # The shipped student's way of decoding is chosen where the test problems are not looked at.
-    bar = measure_all(TEACHER, [ONE_TOKEN], "validation-teacher", validation)[0]["accuracy"] - ALLOWED_LOSS / 2
-    candidates = measure_all(latest, STUDENT_DECODINGS, "validation-student", validation)
-    allowed = [row for row in candidates if row["accuracy"] >= bar]
+    latest = students[WHOLE_METHOD, FIRST_SEED][-1] / "model"
+    bar = measure_all(TEACHER, [ONE_TOKEN], measured / "validation-teacher", validation)[0]["accuracy"]
+    candidates = measure_all(latest, STUDENT_DECODINGS, measured / "validation-student", validation)
+    allowed = [row for row in candidates if row["accuracy"] >= bar - ALLOWED_LOSS / 2]
     fastest = min(allowed, key=lambda row: row["nfe"]) if allowed else max(candidates, key=lambda row: row["accuracy"])
     decoding = json.loads(fastest["decoding"])
     model = LLaDAModelLM.from_pretrained(latest)
@@ -365,14 +373,24 @@ def main():
     model.generation_config.threshold = decoding["threshold"]
     model.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
-    chosen = {
-        stop: {
-            "teacher": measure_all(TEACHER, [ONE_TOKEN], f"chosen-teacher-{stop}", problems, stop)[0],
-            "student": measure_all(latest, [decoding], f"chosen-student-{stop}", problems, stop)[0],
-        }
-        for stop in (False, True)
+    chosen = []
+    for stop in (False, True):
+        slow = measure_all(TEACHER, [ONE_TOKEN], measured / f"chosen-teacher-{stop}", problems, stop)[0]
+        fast = measure_all(latest, [decoding], measured / f"chosen-student-{stop}", problems, stop)[0]
+        difference = paired_difference(fast["correct"], slow["correct"])
+        chosen.append({"model": "teacher", "stop_at_eos": stop, **brief(slow), "difference": ""})
+        chosen.append({"model": "student", "stop_at_eos": stop, **brief(fast), "difference": difference})
+    results = {
+        "date": str(date.today()),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "settings": {name: getattr(arguments, name) for name in ("num_prompts", "max_steps", "batch_size", "rounds")},
+        "teacher": teacher,
+        "students": curves,
+        "chosen": chosen,
     }
-    report(teacher, by_variant, by_round, chosen, folder)
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    report(results, folder)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from distill import DistillArguments, load_judge
 from evaluation import Result
-from golden import CHECKPOINT
+from golden import CHECKPOINT, STUDENT
 from judges import final_number
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -36,8 +36,16 @@ def test_quickstart(tmp_path):
     result = run("quickstart.py", "--problems", 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "Question: " in result.stdout and " ·" in result.stdout and "59 tokens in" in result.stdout
-    rows = [line for line in result.stdout.splitlines() if line.startswith("| `")]
-    assert len(rows) == 7 and "| `confidence`, steps 128 | 64.0 |" in rows[0]
+    rows = [line for line in result.stdout.splitlines() if "`" in line and line.startswith("|")]
+    assert len(rows) == 8 and rows[0].startswith("| teacher | `confidence`, steps 128 | 64.0 |")
+    assert rows[-1].startswith("| student | `entropy_threshold`, threshold 0.1 | 6.0 |")
+
+
+def test_quickstart_takes_another_model(tmp_path):
+    result = run("quickstart.py", "--problems", 1, "--model", STUDENT, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| model | `")]
+    assert len(rows) == 8 and "`entropy_threshold`, threshold 0.1" in rows[-1], "its own policy comes last"
 
 
 @pytest.mark.parametrize("count", [0, 5001])
@@ -197,10 +205,22 @@ def test_accelerate_configs_are_understood(config):
 @pytest.mark.slow
 def test_the_proof_runs_and_goes_on(tmp_path):
     flags = "--num_prompts 8 --max_steps 1 --batch_size 2 --problems 2 --seeds 0 --rounds 2 --output_dir out".split()
-    result = run("word_problems/distillation.py", *flags, cwd=tmp_path)
+    variants = ["trajectory loss only", "both losses", "certainty loss only"]
+    part = run("word_problems/distillation.py", *flags, "--until", "curves", "--variants", *variants[2:], cwd=tmp_path)
+    assert part.returncode == 0 and "| teacher |" not in part.stdout, part.stderr
+    result = run("word_problems/distillation.py", *flags, "--variants", *variants, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "| round 2 |" in result.stdout and (tmp_path / "out" / "accuracy_against_nfe.png").stat().st_size > 10_000
+    for name in ("both losses, round 2", "trajectory loss only, round 2", "certainty loss only"):
+        assert f"| {name} |" in result.stdout
+    assert (tmp_path / "out" / "accuracy_against_nfe.png").stat().st_size > 10_000
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [len(student["rounds"]) for student in results["students"]] == [2, 2, 1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", trust_remote_code=True)
     assert model.generation_config.unmasking in ("entropy_threshold", "entropy_bound")
-    again = run("word_problems/distillation.py", *flags, cwd=tmp_path)
+    again = run("word_problems/distillation.py", *flags, "--variants", *variants, cwd=tmp_path)
     assert again.stdout.splitlines()[-12:] == result.stdout.splitlines()[-12:] and "train_loss" not in again.stdout
+
+
+def test_the_proof_says_what_a_report_needs(tmp_path):
+    result = run("word_problems/distillation.py", "--seeds", 1, cwd=tmp_path)
+    assert result.returncode == 2 and "a report needs seed 0" in result.stderr

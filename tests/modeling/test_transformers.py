@@ -1,5 +1,6 @@
 """The model in the box through what users have: remote code, pipelines, streamers, lm-evaluation-harness."""
 
+import itertools
 import json
 import os
 import shutil
@@ -9,8 +10,10 @@ import threading
 
 import pytest
 import torch
-from golden import CHECKPOINT, FIXTURES
-from transformers import AutoModel, AutoModelForCausalLM, TextIteratorStreamer, TextStreamer, pipeline
+from evaluation import evaluate
+from golden import CHECKPOINT, FIXTURES, STUDENT
+from problems import TEST_SEED, generate_problems
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer, pipeline
 
 import dparallel.modeling
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
@@ -71,11 +74,13 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("source", ["saved", "box"])
+@pytest.mark.parametrize("source", ["saved", "teacher", "student"])
 def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
-    folder = CHECKPOINT
-    threshold = None
-    if source == "saved":
+    folder, threshold = CHECKPOINT, None
+    if source == "student":
+        folder, threshold = STUDENT, 0.1
+        model = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32)
+    elif source == "saved":
         folder, threshold = tmp_path / "saved", 0.4
         model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
         model.generation_config.update(unmasking="entropy_threshold", threshold=threshold)
@@ -109,8 +114,9 @@ def test_saved_folder_holds_all_remote_code_and_nothing_else(word_model, tmp_pat
         assert (tmp_path / f"{name}.py").read_text() == (CHECKPOINT / f"{name}.py").read_text() == source
 
 
-def test_the_box_is_small():
-    files = [path for path in CHECKPOINT.iterdir() if not path.is_symlink()]
+@pytest.mark.parametrize("folder", [CHECKPOINT, STUDENT], ids=["teacher", "student"])
+def test_the_box_is_small(folder):
+    files = [path for path in folder.iterdir() if not path.is_symlink()]
     assert sum(path.stat().st_size for path in files) <= 12e6
     assert {"README.md", "model.safetensors", "generation_config.json"} <= {path.name for path in files}
 
@@ -119,6 +125,15 @@ def test_model_in_the_box_solves_a_problem(word_model, word_tokenizer, inputs):
     for settings in ({}, {"unmasking": "entropy_threshold"}, {"unmasking": "confidence"}):
         ids = word_model.generate(**inputs, **settings)
         assert "The answer is 20." in word_tokenizer.decode(ids[0])
+
+
+def test_student_in_the_box_needs_a_fraction_of_the_passes(word_model, word_tokenizer):
+    student = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32).eval()
+    problems = list(itertools.islice(generate_problems("test", 16, TEST_SEED), 16))
+    tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
+    fast = evaluate(student, tokenizer, problems, "student")
+    slow = evaluate(word_model, tokenizer, problems, "teacher", unmasking="confidence", steps=128)
+    assert fast.accuracy >= slow.accuracy - 0.07 and fast.nfe < slow.nfe / 10
 
 
 def test_pipeline(word_model, word_tokenizer, inputs):

@@ -1,0 +1,1 @@
+../../../modeling/token_statistics.py

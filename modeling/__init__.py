@@ -2,8 +2,10 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
 from .generation_diffusion import DiffusionGenerationConfig, DiffusionGenerationMixin, DiffusionGenerationOutput
+from .modeling_dream import DreamBaseModel, DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .token_statistics import TokenStatistics, token_statistics
 from .unmasking import POLICIES
@@ -13,6 +15,9 @@ __all__ = [
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
     "DiffusionGenerationOutput",
+    "DreamBaseModel",
+    "DreamConfig",
+    "DreamModel",
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",
@@ -20,6 +25,7 @@ __all__ = [
     "token_statistics",
 ]
 
-AutoConfig.register("llada", LLaDAConfig)
-AutoModel.register(LLaDAConfig, LLaDAModelLM)
-AutoModelForCausalLM.register(LLaDAConfig, LLaDAModelLM)
+for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+    AutoConfig.register(config.model_type, config)
+    AutoModel.register(config, model)
+    AutoModelForCausalLM.register(config, model)

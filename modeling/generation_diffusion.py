@@ -16,7 +16,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import (
+    LogitsProcessorList,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
@@ -30,11 +36,15 @@ DEFAULTS = {
     "block_length": 32,
     "unmasking": "confidence_threshold",
     "schedule": "even",
+    "eps": 1e-3,
+    "unmasking_temperature": 0.0,
     "block_cache": "none",
     "stop_at_eos": True,
 }
 DEFAULT_MAX_NEW_TOKENS = 256
 BLOCK_CACHES = ("none",)
+# Processors that look at the logits of a position and at nothing else: they take all positions at once.
+POSITIONWISE_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of GenerationConfig that only have a meaning when tokens come one after the other.
 AUTOREGRESSIVE_FIELDS = (
@@ -65,6 +75,17 @@ def _is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
+def select_positions(hidden_states, logits_to_keep):
+    """What a model applies its head to: of hidden states (B, T, D) those that `logits_to_keep` names: all (0), the
+    last n (n), the same positions of each row (L,), or others of each row (B, L)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    positions = logits_to_keep.to(hidden_states.device)
+    if positions.ndim == 1:
+        return hidden_states[:, positions]
+    return hidden_states.take_along_dim(positions[..., None], dim=1)
+
+
 class DiffusionGenerationConfig(GenerationConfig):
     """`GenerationConfig` with the fields of diffusion decoding, saved in `generation_config.json`.
 
@@ -81,8 +102,11 @@ class DiffusionGenerationConfig(GenerationConfig):
             threshold takes that policy's default, not the checkpoint's number.
         steps (`int`, defaults to `max_new_tokens`): forward passes of a scheduled policy in all, split as evenly as
             possible over the blocks, the first blocks getting more, at least one each.
-        schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps;
-            `"linear_time"` is Dream's.
+        schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps:
+            `"linear_time"` is Dream's, `"ancestral"` the same with each position's fate drawn.
+        eps (`float`, defaults to 1e-3): where the time of those two ends, in (0, 1).
+        unmasking_temperature (`float`, defaults to 0): above 0, a scheduled policy draws the positions in proportion
+            to softmax(certainty / unmasking_temperature) instead of taking the surest (Dream's `alg_temp`).
         block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
         stop_at_eos (`bool`, defaults to `True`): a row ends once an end-of-text (any of `eos_token_id`) stands with
             nothing masked before it, and everything behind it becomes padding.
@@ -104,6 +128,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.threshold = kwargs.pop("threshold", None)
         self.steps = kwargs.pop("steps", None)
         self.schedule = kwargs.pop("schedule", None)
+        self.eps = kwargs.pop("eps", None)
+        self.unmasking_temperature = kwargs.pop("unmasking_temperature", None)
         self.block_cache = kwargs.pop("block_cache", None)
         self.stop_at_eos = kwargs.pop("stop_at_eos", None)
         self.eos_threshold = kwargs.pop("eos_threshold", None)
@@ -134,10 +160,13 @@ class DiffusionGenerationConfig(GenerationConfig):
         for name, allowed in (*choices, ("stop_at_eos", (True, False))):
             value = getattr(self, name)
             _require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
-        for name, high in (("temperature", math.inf), ("top_p", 1.0), ("eos_threshold", 1.0), ("max_time", math.inf)):
+        bounds = {"temperature": math.inf, "unmasking_temperature": math.inf, "max_time": math.inf}
+        for name, high in (bounds | {"top_p": 1.0, "eos_threshold": 1.0}).items():
             value = getattr(self, name)
             ok = value is None or (_is_number(value) and 0.0 <= value <= high)
             _require(ok, name, value, f"a number from 0 to {high:g}")
+        ok = self.eps is None or (_is_number(self.eps) and 0.0 < self.eps < 1.0)
+        _require(ok, "eps", self.eps, "a number between 0 and 1")
         if self.threshold is not None:
             unmasking = self.unmasking or DEFAULTS["unmasking"]
             policy = POLICIES[unmasking]
@@ -464,8 +493,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         policy = POLICIES[config.unmasking]
         if policy.is_scheduled and config.threshold is not None:
             logger.warning(f"`threshold` is ignored: `unmasking={config.unmasking!r}` goes by `steps`.")
-        if not policy.is_scheduled and config.steps is not None:
-            logger.warning(f"`steps` is ignored: `unmasking={config.unmasking!r}` goes by `threshold`.")
+        for name in ("steps", "unmasking_temperature"):
+            if not policy.is_scheduled and getattr(config, name):
+                logger.warning(f"`{name}` is ignored: `unmasking={config.unmasking!r}` goes by `threshold`.")
         if config.threshold is None:
             config.threshold = policy.default
         if config.steps is None:
@@ -525,7 +555,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
         finished, reach, streamed = [0] * canvas.ids.shape[0], canvas.length, 0
-        for block, settings in self._blocks(config):
+        for block, settings in self._blocks(config, generator):
             is_open = not all(finished)
             while is_open:
                 self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
@@ -552,7 +582,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                     if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
                         streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
 
-    def _blocks(self, config):
+    def _blocks(self, config, generator):
         """Each block of the answer, with what the policy is told in each of its steps."""
         policy, length = POLICIES[config.unmasking], config.block_length
         starts = range(0, config.max_new_tokens, length)
@@ -560,8 +590,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             block = slice(start, min(start + length, config.max_new_tokens))
             if policy.is_scheduled:
                 steps = max(config.steps // len(starts) + (i < config.steps % len(starts)), 1)
-                counts = SCHEDULES[config.schedule](block.stop - start, steps)
-                yield block, ({"count": count} for count in counts)
+                counts = SCHEDULES[config.schedule](block.stop - start, steps, eps=config.eps, generator=generator)
+                yield block, ({"count": count, "temperature": config.unmasking_temperature} for count in counts)
             else:
                 yield block, itertools.repeat({"threshold": config.threshold})
 
@@ -575,14 +605,16 @@ class DiffusionGenerationMixin(GenerationMixin):
             position_ids=None if canvas.position_ids is None else canvas.position_ids[:, :stop],
             logits_to_keep=positions - self.logits_shift,
         ).logits
-        if processors:
-            ids, first = canvas.ids, canvas.prompt_length + block.start
-            if canvas.position_ids is not None:
-                # Padding is no text: show a token there that the row holds anyway.
-                ids = torch.where(canvas.attention_mask == 0, ids[:, canvas.prompt_length - 1, None], ids)
-            columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
-            logits = torch.stack(columns, dim=1)
-        return logits
+        if not processors:
+            return logits
+        if all(isinstance(processor, POSITIONWISE_PROCESSORS) for processor in processors):
+            return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
+        ids, first = canvas.ids, canvas.prompt_length + block.start
+        if canvas.position_ids is not None:
+            # Padding is no text: show a token there that the row holds anyway.
+            ids = torch.where(canvas.attention_mask == 0, ids[:, canvas.prompt_length - 1, None], ids)
+        columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
+        return torch.stack(columns, dim=1)
 
     def _finish_by_criteria(self, canvas, block, criteria):
         """End the rows for which a criterion holds, at the first length inside the complete block at which it does."""

@@ -15,7 +15,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada import LLaDAConfig
-from .generation_diffusion import DiffusionGenerationMixin
+from .generation_diffusion import DiffusionGenerationMixin, select_positions
 
 
 class LLaDARMSNorm(nn.Module):
@@ -227,15 +227,8 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, int):
-            hidden_states = hidden_states[:, -logits_to_keep:]
-        elif logits_to_keep.ndim == 1:
-            hidden_states = hidden_states[:, logits_to_keep.to(hidden_states.device)]
-        else:
-            hidden_states = hidden_states.take_along_dim(logits_to_keep.to(hidden_states.device)[..., None], dim=1)
         return CausalLMOutputWithPast(
-            logits=self.model.transformer.ff_out(hidden_states),
+            logits=self.model.transformer.ff_out(select_positions(outputs.last_hidden_state, logits_to_keep)),
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -1,8 +1,8 @@
 """The unmasking policies: which masked positions of the current block become final in this step.
 
-Each policy is a pure function `(statistics, masked, *, threshold or count, generator) -> (B, K) bool` and picks at
-least one masked position of every row that has one (with a count: that many). A new policy is one function and one
-line in the table at the end.
+Each policy is a pure function `(statistics, masked, *, threshold, generator)`, or with `count` and `temperature` in
+place of `threshold`, that returns (B, K) bool and picks at least one masked position of every row that has one (with a
+count: that many). A new policy is one function and one line in the table at the end.
 """
 
 from collections.abc import Callable
@@ -66,42 +66,66 @@ def entropy_bound(statistics, masked, *, threshold, generator=None):
 # --- scheduled: the number per step is given, the order goes by certainty --------------------------------------------
 
 
-def confidence(statistics, masked, *, count, generator=None):
-    """The `count` most confident. LLaDA's low-confidence remasking, https://arxiv.org/abs/2502.09992."""
-    return masked & (rank(statistics.confidence, masked) < count)
-
-
-def entropy(statistics, masked, *, count, generator=None):
-    """The `count` of lowest entropy. Dream, https://arxiv.org/abs/2508.15487."""
-    return masked & (rank(-statistics.entropy, masked) < count)
-
-
-def margin(statistics, masked, *, count, generator=None):
-    """The `count` of largest margin between the two best tokens. Dream, https://arxiv.org/abs/2508.15487."""
-    return masked & (rank(statistics.margin, masked) < count)
-
-
-def random(statistics, masked, *, count, generator=None):
-    """Any `count`, uniformly."""
-    score = torch.rand(masked.shape, device=masked.device, generator=generator)
+def most(score, masked, count, temperature, generator):
+    """The `count` masked positions of highest score. At a temperature above 0 they are drawn one after the other in
+    proportion to softmax(score / temperature), as in Dream's code (`alg_temp`): noise makes the order such a draw
+    (Kool et al., https://arxiv.org/abs/1903.06059)."""
+    if temperature:
+        score = score / temperature - torch.empty_like(score).exponential_(generator=generator).log()
     return masked & (rank(score, masked) < count)
 
 
-def even_schedule(masks: int, steps: int) -> list[int]:
+def confidence(statistics, masked, *, count, temperature=0.0, generator=None):
+    """The `count` most confident. LLaDA's low-confidence remasking, https://arxiv.org/abs/2502.09992."""
+    return most(statistics.confidence, masked, count, temperature, generator)
+
+
+def entropy(statistics, masked, *, count, temperature=0.0, generator=None):
+    """The `count` of lowest entropy. Dream, https://arxiv.org/abs/2508.15487."""
+    return most(-statistics.entropy, masked, count, temperature, generator)
+
+
+def margin(statistics, masked, *, count, temperature=0.0, generator=None):
+    """The `count` of largest margin between the two best tokens. Dream, https://arxiv.org/abs/2508.15487."""
+    return most(statistics.margin, masked, count, temperature, generator)
+
+
+def random(statistics, masked, *, count, temperature=0.0, generator=None):
+    """Any `count`, uniformly."""
+    return most(torch.rand(masked.shape, device=masked.device, generator=generator), masked, count, 0.0, None)
+
+
+def even_schedule(masks: int, steps: int, *, eps=None, generator=None) -> list[int]:
     """`masks` positions in `steps` steps, as evenly as possible, the larger parts first; no step without a position.
     LLaDA, https://arxiv.org/abs/2502.09992."""
     return [count for i in range(steps) if (count := masks // steps + (i < masks % steps))]
 
 
-def linear_time_schedule(masks: int, steps: int, eps: float = 1e-3) -> list[int]:
-    """With t going from 1 to `eps` in `steps` equal parts, step i writes the share 1 - t[i+1] / t[i] of what is left,
-    rounded down, and the last step the rest; steps that would write nothing are left out. Dream,
-    https://arxiv.org/abs/2508.15487."""
+def _shares(steps, eps):
+    """With t going from 1 to `eps` in `steps` equal parts, the share 1 - t[i+1] / t[i] of what is left that step i
+    writes; the last step writes the rest."""
     times = torch.linspace(1, eps, steps + 1)
+    return [*(1 - times[1:-1] / times[:-2]), 1.0]
+
+
+def linear_time_schedule(masks: int, steps: int, *, eps: float = 1e-3, generator=None) -> list[int]:
+    """Each step writes its share of what is left, rounded down; steps that would write nothing are left out. Dream,
+    https://arxiv.org/abs/2508.15487."""
     counts = []
-    for i in range(steps):
-        share = 1.0 if i == steps - 1 else 1 - times[i + 1] / times[i]
+    for share in _shares(steps, eps):
         counts.append(int(masks * share))
+        masks -= counts[-1]
+    return [count for count in counts if count]
+
+
+def ancestral_schedule(masks: int, steps: int, *, eps: float = 1e-3, generator=None) -> list[int]:
+    """Each step writes each position with its share as the probability: with `unmasking="random"` this is the reverse
+    process of masked diffusion, Dream's `origin`. Rows of a batch share the numbers. Dream,
+    https://arxiv.org/abs/2508.15487."""
+    counts = []
+    for share in _shares(steps, eps):
+        draws = torch.rand(masks, generator=generator, device=None if generator is None else generator.device)
+        counts.append(int((draws < share).sum()))
         masks -= counts[-1]
     return [count for count in counts if count]
 
@@ -139,4 +163,4 @@ POLICIES = {
     "margin": Policy(margin),
     "random": Policy(random),
 }
-SCHEDULES = {"even": even_schedule, "linear_time": linear_time_schedule}
+SCHEDULES = {"even": even_schedule, "linear_time": linear_time_schedule, "ancestral": ancestral_schedule}

@@ -7,6 +7,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from families import FAMILIES
 from golden import CHECKPOINT, FIXTURES
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -20,16 +21,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session")
-def llada():
-    """The golden LLaDA in float32: vocabulary 320, [MASK] 319, end-of-text and padding 318."""
-    from dparallel.modeling import LLaDAModelLM
+@pytest.fixture(scope="session", params=FAMILIES)
+def family(request):
+    """Each model family in turn."""
+    return FAMILIES[request.param]
 
-    return LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny").eval()
+
+@pytest.fixture(scope="session")
+def model(family):
+    """The golden model of the family in float32: vocabulary 320, [MASK] 319, end-of-text and padding 318."""
+    return family.load()
 
 
 @pytest.fixture(scope="session")
 def llada_gqa():
+    """A second LLaDA, with grouped-query attention, as Dream has it."""
     from dparallel.modeling import LLaDAModelLM
 
     return LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny_gqa").eval()

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from golden import FIXTURES, load_cases
+from families import FAMILIES
+from golden import load_cases
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -19,39 +20,41 @@ from transformers import (
 from transformers.generation import LogitsProcessor, StoppingCriteria
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dparallel.modeling import POLICIES, DiffusionGenerationConfig, DiffusionGenerationMixin, LLaDAModelLM
+from dparallel.modeling import POLICIES, DiffusionGenerationConfig, DiffusionGenerationMixin
 
 MASK, EOS = 319, 318
-FAMILIES = {
+LOOPS = {
     "fixed": "confidence",
     "entropy": "entropy_threshold",
     "confidence": "confidence_threshold",
     "factor": "confidence_factor",
+    "semiar_entropy_threshold": "entropy_threshold",
 }
-MODELS = ("llada_tiny", "llada_tiny_gqa")
+MODELS = ("llada_tiny", "llada_tiny_gqa", "dream_tiny")
 CASES = [
     pytest.param(name, case, id=f"{name}-{case['id']}")
     for name in MODELS
     for case in load_cases(f"generate_{name}")[0]
-    if case["family"] in FAMILIES and case["robust_to_3e4_logit_noise"]
+    if case["family"] in LOOPS and case["robust_to_3e4_logit_noise"]
 ]
 
 
 def golden(name, case):
     _, tensors = load_cases(f"generate_{name}")
-    return tensors[f"{case['id']}.ids"].view(1, -1), tensors[f"{case['id']}.fill_step"]
+    ids, fill_step = tensors[f"{case['id']}.ids"], tensors[f"{case['id']}.fill_step"]
+    return ids.view(1, -1), fill_step.view(-1)
 
 
 def settings_of(case):
-    settings = {"unmasking": FAMILIES[case["family"]], "block_length": case["block_length"]}
+    settings = {"unmasking": LOOPS[case["family"]], "block_length": case["block_length"]}
     if case["family"] == "fixed":
         return settings | {"steps": case["steps"]}
     return settings | {"threshold": case["factor"] if case["family"] == "factor" else case["threshold"]}
 
 
-@pytest.fixture
-def models(llada, llada_gqa):
-    return {"llada_tiny": llada, "llada_tiny_gqa": llada_gqa}
+@pytest.fixture(scope="session")
+def models(llada_gqa):
+    return {"llada_tiny_gqa": llada_gqa, **{f"{name}_tiny": family.load() for name, family in FAMILIES.items()}}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -131,18 +134,18 @@ POLICY_SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", POLICY_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
-def test_batch_equals_single(llada, settings):
+def test_batch_equals_single(family, model, settings):
     """200 prompts of mixed lengths: each row has the tokens and passes it has alone, whatever its neighbours do."""
     generator = torch.Generator().manual_seed(3)
     lengths = torch.randint(1, 40, (200,), generator=generator).tolist()
     rows = [torch.randint(0, 317, (length,), generator=generator).tolist() for length in lengths]
     # Two frequent tokens of these answers stand for end-of-text, so that rows end at different times.
-    settings = settings | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": [11, 194]}
-    singles = [llada.generate(torch.tensor([row]), return_dict_in_generate=True, **settings) for row in rows]
+    settings = settings | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": list(family.frequent)}
+    singles = [model.generate(torch.tensor([row]), return_dict_in_generate=True, **settings) for row in rows]
     ends = set()
     for first in range(0, 200, 40):
         ids, mask = padded_batch(rows[first : first + 40])
-        batch = llada.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
+        batch = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
         for i, single in enumerate(singles[first : first + 40]):
             assert batch.sequences[i, ids.shape[1] :].tolist() == single.sequences[0, -20:].tolist()
             assert batch.num_forward_passes[i] == single.num_forward_passes[0]
@@ -224,9 +227,9 @@ def slow_decode(model, prompt, length, block_length, threshold):
     return canvas[start:], nfe
 
 
-@pytest.mark.parametrize("family", ["llada", "shifted"])
-def test_any_family_equals_the_slow_loop(family, request):
-    model = request.getfixturevalue(family)
+@pytest.mark.parametrize("name", ["llada", "dream", "shifted"])
+def test_any_family_equals_the_slow_loop(name, models, shifted):
+    model = shifted if name == "shifted" else models[f"{name}_tiny"]
     high = model.config.mask_token_id - 2
     for seed in range(5):
         prompt = torch.randint(0, high, (seed + 1,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -255,20 +258,20 @@ def test_shifted_family_in_a_padded_batch(shifted):
         assert batch[i, width:].tolist() == single[0, len(row) :].tolist()
 
 
-def test_only_the_block_goes_through_the_head(llada, prompt):
+def test_only_the_block_goes_through_the_head(model, prompt):
     shapes = []
-    hook = llada.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.shape))
+    hook = model.get_output_embeddings().register_forward_hook(lambda module, args, out: shapes.append(out.shape))
     try:
-        llada.generate(prompt, max_new_tokens=20, block_length=8, unmasking="confidence", steps=5, stop_at_eos=False)
+        model.generate(prompt, max_new_tokens=20, block_length=8, unmasking="confidence", steps=5, stop_at_eos=False)
     finally:
         hook.remove()
     assert shapes == [(1, 8, 320)] * 4 + [(1, 4, 320)]  # 5 steps over 3 blocks: 2, 2, 1
 
 
-def test_one_look_at_the_device_per_pass(llada, prompt, monkeypatch):
+def test_one_look_at_the_device_per_pass(model, prompt, monkeypatch):
     """The loop reads from the device once a pass. On a CPU every read is a `tolist`, `item` or `bool` of a tensor."""
     reads, passes = [], []
-    hook = llada.register_forward_hook(lambda *args: passes.append(len(reads)))
+    hook = model.register_forward_hook(lambda *args: passes.append(len(reads)))
     for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
         original = getattr(torch.Tensor, name)
 
@@ -278,19 +281,19 @@ def test_one_look_at_the_device_per_pass(llada, prompt, monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, name, counted)
     try:
-        llada.generate(prompt, max_new_tokens=24, block_length=12, unmasking="confidence", steps=12)
+        model.generate(prompt, max_new_tokens=24, block_length=12, unmasking="confidence", steps=12)
     finally:
         hook.remove()
     between = [b - a for a, b in pairwise(passes)]
     assert len(between) == 11 and set(between) == {1}
 
 
-def test_model_whose_best_token_is_mask_terminates(prompt):
-    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny")
+def test_model_whose_best_token_is_mask_terminates(family, prompt):
+    model = family.load()
     head = model.get_output_embeddings()
     head.weight.data[MASK] = 0
     head.weight.data *= 0.01
-    model.model.transformer.ln_f.register_forward_hook(lambda module, args, out: out + 1)
+    model.get_submodule(family.norm).register_forward_hook(lambda module, args, out: out + 1)
     head.weight.data[MASK] = 1  # a logit of about 64 where the others are near 0
     for unmasking in POLICIES:
         output = model.generate(
@@ -311,6 +314,7 @@ def slow_predicted_end(model, prompt, length, block_length, threshold, eos, eos_
         while any(token == mask for token in canvas[first : first + block_length]):
             block = range(first, min(first + block_length, len(canvas)))
             probs = model(torch.tensor([canvas])).logits[0].softmax(dim=-1)
+            probs = probs.roll(model.logits_shift, dims=0)  # row i predicts token i
             nfe += 1
             probs[:, mask] = -1
             best = {i: probs[i].max(dim=0) for i in block if canvas[i] == mask}
@@ -326,13 +330,13 @@ def slow_predicted_end(model, prompt, length, block_length, threshold, eos, eos_
     return canvas[start:], nfe
 
 
-def test_predicted_end_equals_the_slow_version(llada):
+def test_predicted_end_equals_the_slow_version(family, model):
     generator = torch.Generator().manual_seed(5)
-    eos, lengths = [11, 194], []
+    eos, lengths = list(family.frequent), []
     for _ in range(12):
         prompt = torch.randint(0, 317, (9,), generator=generator)
-        expected, nfe = slow_predicted_end(llada, prompt.tolist(), 24, 8, 0.6, eos, 0.2)
-        output = llada.generate(
+        expected, nfe = slow_predicted_end(model, prompt.tolist(), 24, 8, 0.6, eos, 0.2)
+        output = model.generate(
             prompt[None],
             max_new_tokens=24,
             block_length=8,
@@ -351,45 +355,45 @@ def test_predicted_end_equals_the_slow_version(llada):
 # --- what a transformers user expects --------------------------------------------------------------------------------
 
 
-def test_tensor_or_output(llada, prompt):
-    ids = llada.generate(prompt, max_new_tokens=8)
-    output = llada.generate(prompt, max_new_tokens=8, return_dict_in_generate=True)
+def test_tensor_or_output(model, prompt):
+    ids = model.generate(prompt, max_new_tokens=8)
+    output = model.generate(prompt, max_new_tokens=8, return_dict_in_generate=True)
     assert torch.equal(ids, output.sequences) and torch.equal(ids[:, :9], prompt)
-    assert torch.equal(llada.generate(input_ids=prompt, max_length=17), ids)
+    assert torch.equal(model.generate(input_ids=prompt, max_length=17), ids)
     assert list(output) == [
         "sequences", "num_forward_passes", "tokens_per_forward", "unmasking_step", "unmasking_confidence",
     ]  # fmt: skip
 
 
-def test_sampling_is_seeded_and_warped(llada, prompt):
+def test_sampling_is_seeded_and_warped(model, prompt):
     settings = {"max_new_tokens": 24, "do_sample": True, "stop_at_eos": False, "unmasking": "random"}
     set_seed(1)
-    first = llada.generate(prompt, **settings)
+    first = model.generate(prompt, **settings)
     set_seed(1)
-    assert torch.equal(llada.generate(prompt, **settings), first)
+    assert torch.equal(model.generate(prompt, **settings), first)
     set_seed(2)
-    assert not torch.equal(llada.generate(prompt, **settings), first)
-    by_generator = [llada.generate(prompt, generator=torch.Generator().manual_seed(7), **settings) for _ in range(2)]
+    assert not torch.equal(model.generate(prompt, **settings), first)
+    by_generator = [model.generate(prompt, generator=torch.Generator().manual_seed(7), **settings) for _ in range(2)]
     assert torch.equal(*by_generator)
     greedy = {"max_new_tokens": 24, "stop_at_eos": False, "unmasking": "confidence"}
     for warp in ({"top_k": 1}, {"temperature": 1e-4}, {"top_p": 1e-6}):
-        sampled = llada.generate(prompt, do_sample=True, **greedy, **warp)
-        assert torch.equal(sampled, llada.generate(prompt, **greedy))
+        sampled = model.generate(prompt, do_sample=True, **greedy, **warp)
+        assert torch.equal(sampled, model.generate(prompt, **greedy))
 
 
-def test_num_return_sequences(llada, prompt):
+def test_num_return_sequences(model, prompt):
     ids, mask = padded_batch([prompt[0].tolist(), [1, 2]])
-    output = llada.generate(
+    output = model.generate(
         ids, attention_mask=mask, num_return_sequences=3, do_sample=True, max_new_tokens=8, stop_at_eos=False
     )
     assert output.shape == (6, 17)
     assert torch.equal(output[:, :9], ids.repeat_interleave(3, dim=0))
     assert len({tuple(row) for row in output[:3, 9:].tolist()}) == 3
     with pytest.raises(ValueError, match="num_return_sequences"):
-        llada.generate(prompt, num_return_sequences=3)
+        model.generate(prompt, num_return_sequences=3)
 
 
-def test_logits_processors_see_what_autoregressive_ones_see(llada, prompt):
+def test_logits_processors_see_what_autoregressive_ones_see(model, prompt):
     calls = []
 
     class Ban(LogitsProcessor):
@@ -400,21 +404,21 @@ def test_logits_processors_see_what_autoregressive_ones_see(llada, prompt):
             return scores
 
     settings = {"max_new_tokens": 12, "block_length": 4, "unmasking": "confidence", "steps": 3, "stop_at_eos": False}
-    plain = llada.generate(prompt, **settings)
+    plain = model.generate(prompt, **settings)
     banned = plain[0, 9:].unique()
-    output = llada.generate(prompt, logits_processor=[Ban()], **settings)
+    output = model.generate(prompt, logits_processor=[Ban()], **settings)
     assert not torch.isin(output[:, 9:], banned).any()
     assert calls == [((1, 9 + i), (1, 320)) for i in range(12)]
     calls.clear()
     bad_words = [[token] for token in banned.tolist()]
-    assert torch.equal(llada.generate(prompt, bad_words_ids=bad_words, **settings), output)
-    assert torch.equal(llada.generate(prompt, suppress_tokens=banned.tolist(), **settings), output)
+    assert torch.equal(model.generate(prompt, bad_words_ids=bad_words, **settings), output)
+    assert torch.equal(model.generate(prompt, suppress_tokens=banned.tolist(), **settings), output)
 
 
-def test_min_new_tokens_holds_off_the_end(llada, prompt):
+def test_min_new_tokens_holds_off_the_end(model, prompt):
     settings = {"max_new_tokens": 12, "block_length": 4, "unmasking": "confidence"}
-    eos = llada.generate(prompt, stop_at_eos=False, **settings)[0, 9].item()
-    output = llada.generate(prompt, eos_token_id=eos, pad_token_id=EOS, min_new_tokens=6, **settings)
+    eos = model.generate(prompt, stop_at_eos=False, **settings)[0, 9].item()
+    output = model.generate(prompt, eos_token_id=eos, pad_token_id=EOS, min_new_tokens=6, **settings)
     assert eos not in output[0, 9:15].tolist()
 
 
@@ -429,12 +433,12 @@ class StopAt(StoppingCriteria):
         return input_ids.shape[1] == self.lengths
 
 
-def test_stopping_criteria_cut_each_row_where_it_says(llada, prompt):
+def test_stopping_criteria_cut_each_row_where_it_says(model, prompt):
     ids = torch.cat((prompt, prompt.flip(1), prompt.roll(3, 1)))
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence", "return_dict_in_generate": True}
-    full = llada.generate(ids, stop_at_eos=False, **settings)
+    full = model.generate(ids, stop_at_eos=False, **settings)
     criterion = StopAt([9 + 3, 9 + 12, 500])
-    output = llada.generate(ids, stopping_criteria=[criterion], stop_at_eos=False, **settings)
+    output = model.generate(ids, stopping_criteria=[criterion], stop_at_eos=False, **settings)
     for row, end in enumerate((3, 12, 24)):
         assert output.sequences[row, : 9 + end].tolist() == full.sequences[row, : 9 + end].tolist()
         assert (output.sequences[row, 9 + end :] == EOS).all()
@@ -443,15 +447,15 @@ def test_stopping_criteria_cut_each_row_where_it_says(llada, prompt):
     assert all((shown[2] != MASK).all() for shown in criterion.shown)
 
 
-def test_neutral_values_of_refused_arguments_are_accepted(llada, prompt):
-    expected = llada.generate(prompt, max_new_tokens=8)
+def test_neutral_values_of_refused_arguments_are_accepted(model, prompt):
+    expected = model.generate(prompt, max_new_tokens=8)
     neutral = {"output_attentions": False, "guidance_scale": 1.0, "num_beams": 1, "min_length": 0, "use_cache": True}
-    assert torch.equal(llada.generate(prompt, max_new_tokens=8, **neutral), expected)
-    config = GenerationConfig.from_model_config(llada.config)
-    assert torch.equal(llada.generate(prompt, config, max_new_tokens=8), expected)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, **neutral), expected)
+    config = GenerationConfig.from_model_config(model.config)
+    assert torch.equal(model.generate(prompt, config, max_new_tokens=8), expected)
 
 
-def test_max_time_and_criteria_both_cut(llada, prompt):
+def test_max_time_and_criteria_both_cut(model, prompt):
     class Late(MaxTimeCriteria):
         """A clock that strikes in its fifth pass."""
 
@@ -464,15 +468,15 @@ def test_max_time_and_criteria_both_cut(llada, prompt):
             return torch.tensor([self.passes >= 5])
 
     settings = {"max_new_tokens": 24, "block_length": 1, "unmasking": "confidence", "stop_at_eos": False}
-    full = llada.generate(prompt, **settings)[0, 9:].tolist()
+    full = model.generate(prompt, **settings)[0, 9:].tolist()
     for stop, length in ((100, 5), (9 + 3, 3)):
         criteria = [Late(), StopAt([stop])]
-        output = llada.generate(prompt, stopping_criteria=criteria, **settings)[0, 9:].tolist()
+        output = model.generate(prompt, stopping_criteria=criteria, **settings)[0, 9:].tolist()
         assert output == full[:length] + [EOS] * (24 - length)
 
 
-def test_max_time_ends_after_a_pass(llada, prompt):
-    output = llada.generate(
+def test_max_time_ends_after_a_pass(model, prompt):
+    output = model.generate(
         prompt,
         max_time=0.0,
         max_new_tokens=24,
@@ -503,11 +507,11 @@ class Recorder(TextDiffusionStreamer):
 
 
 @pytest.mark.parametrize("criteria", [None, [StopAt([9 + 13])]])
-def test_streamer_sees_the_text_grow(llada, prompt, criteria):
+def test_streamer_sees_the_text_grow(model, prompt, criteria):
     streamer = Recorder()
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence"}
-    eos = llada.generate(prompt, stop_at_eos=False, **settings)[0, 9 + 18].item()
-    output = llada.generate(prompt, streamer=streamer, stopping_criteria=criteria, eos_token_id=eos, **settings)
+    eos = model.generate(prompt, stop_at_eos=False, **settings)[0, 9 + 18].item()
+    output = model.generate(prompt, streamer=streamer, stopping_criteria=criteria, eos_token_id=eos, **settings)
     assert torch.equal(streamer.prompt, prompt) and streamer.ended
     text = [token for tokens in streamer.text for token in tokens]
     assert text == output[0, 9 : 9 + len(text)].tolist()
@@ -518,22 +522,22 @@ def test_streamer_sees_the_text_grow(llada, prompt, criteria):
     assert all(len(draft) <= 8 and MASK in draft for draft in streamer.drafts) and len(streamer.drafts) > 5
 
 
-def test_streamer_needs_a_single_row(llada, prompt):
+def test_streamer_needs_a_single_row(model, prompt):
     with pytest.raises(ValueError, match="`streamer` needs a batch of 1"):
-        llada.generate(prompt.repeat(2, 1), streamer=Recorder())
+        model.generate(prompt.repeat(2, 1), streamer=Recorder())
 
 
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def shipped(llada, monkeypatch):
+def shipped(model, monkeypatch):
     """A checkpoint that ships a policy with its threshold."""
     config = DiffusionGenerationConfig(
         unmasking="entropy_threshold", threshold=9.0, max_new_tokens=12, block_length=6, eos_token_id=EOS
     )
-    monkeypatch.setattr(llada, "generation_config", config)
-    return llada
+    monkeypatch.setattr(model, "generation_config", config)
+    return model
 
 
 def prepared(model, *args, **kwargs):
@@ -578,51 +582,64 @@ def test_generation_config_round_trip(shipped, tmp_path):
     (tmp_path / "generation_config.json").write_text(text.replace("{", '{"_from_model_config": true,', 1))
     shipped.save_pretrained(tmp_path / "model")
     (tmp_path / "generation_config.json").rename(tmp_path / "model" / "generation_config.json")
-    loaded = LLaDAModelLM.from_pretrained(tmp_path / "model")
+    loaded = type(shipped).from_pretrained(tmp_path / "model")
     assert isinstance(loaded.generation_config, DiffusionGenerationConfig)
     assert (loaded.generation_config.unmasking, loaded.generation_config.threshold) == ("entropy_threshold", 9.0)
 
 
-def test_ignored_numbers_are_mentioned(llada, prompt, caplog):
+def test_ignored_numbers_are_mentioned(model, prompt, caplog):
     for settings, name in (
         ({"unmasking": "confidence_threshold", "steps": 4}, "steps"),
         ({"unmasking": "confidence", "threshold": 0.5}, "threshold"),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            llada.generate(prompt, max_new_tokens=4, **settings)
+            model.generate(prompt, max_new_tokens=4, **settings)
         assert sum(f"`{name}` is ignored" in record.getMessage() for record in caplog.records) == 1
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------
 
 
-def test_edges(llada, prompt):
-    empty = llada.generate(torch.empty(0, 5, dtype=torch.long), max_new_tokens=8, return_dict_in_generate=True)
+def test_edges(model, prompt):
+    empty = model.generate(torch.empty(0, 5, dtype=torch.long), max_new_tokens=8, return_dict_in_generate=True)
     assert empty.sequences.shape == (0, 13) and empty.num_forward_passes.shape == (0,)
+    assert model.generate(torch.tensor([[5]]), max_new_tokens=1).shape == (1, 2)
+    # The longest prompt leaves room for one token.
+    longest = torch.randint(0, 317, (1, 511), generator=torch.Generator().manual_seed(0))
+    assert model.generate(longest).shape == (1, 512)
+    with pytest.raises(ValueError, match="at most `config\\.max_position_embeddings=512`"):
+        model.generate(longest, max_new_tokens=2)
+
+
+def test_no_prompt(models, prompt):
+    model = models["llada_tiny"]
     # Where there is nothing but [MASK], all positions are alike and rounding would choose: take all in one pass.
     one_pass = {"max_new_tokens": 8, "threshold": 0.0}
-    no_prompt = llada.generate(torch.empty(1, 0, dtype=torch.long), **one_pass)
+    no_prompt = model.generate(torch.empty(1, 0, dtype=torch.long), **one_pass)
     assert no_prompt.shape == (1, 8)
-    assert llada.generate(torch.tensor([[5]]), max_new_tokens=1).shape == (1, 2)
     # A row of padding alone is an empty prompt.
     ids = torch.cat((torch.full((1, 9), EOS), prompt))
     mask = torch.tensor([[0] * 9, [1] * 9])
-    output = llada.generate(ids, attention_mask=mask, **one_pass)
+    output = model.generate(ids, attention_mask=mask, **one_pass)
     assert output[0, 9:].tolist() == no_prompt[0].tolist()
-    assert output[1].tolist() == llada.generate(prompt, **one_pass)[0].tolist()
-    # The longest prompt leaves room for one token.
-    longest = torch.randint(0, 317, (1, 511), generator=torch.Generator().manual_seed(0))
-    assert llada.generate(longest).shape == (1, 512)
-    with pytest.raises(ValueError, match="at most `config\\.max_position_embeddings=512`"):
-        llada.generate(longest, max_new_tokens=2)
+    assert output[1].tolist() == model.generate(prompt, **one_pass)[0].tolist()
 
 
-def test_mask_of_ones_changes_nothing(llada, prompt):
-    plain = llada.generate(prompt, max_new_tokens=8)
+@pytest.mark.parametrize("name", ["dream", "shifted"])
+def test_shifted_families_need_a_token_to_predict_from(name, models, shifted):
+    model = shifted if name == "shifted" else models[f"{name}_tiny"]
+    with pytest.raises(ValueError, match="row without a token"):
+        model.generate(torch.empty(1, 0, dtype=torch.long))
+    with pytest.raises(ValueError, match="row without a token"):
+        model.generate(torch.tensor([[38], [5]]), attention_mask=torch.tensor([[0], [1]]))
+
+
+def test_mask_of_ones_changes_nothing(model, prompt):
+    plain = model.generate(prompt, max_new_tokens=8)
     for dtype in (torch.long, torch.bool, torch.float32):
         assert torch.equal(
-            llada.generate(prompt, attention_mask=torch.ones(1, 9, dtype=dtype), max_new_tokens=8), plain
+            model.generate(prompt, attention_mask=torch.ones(1, 9, dtype=dtype), max_new_tokens=8), plain
         )
 
 
@@ -631,6 +648,8 @@ BAD = {
     "unmasking": ("greedy", "learned_filter", 3),
     "threshold": (-0.1, 1.5, "high", float("nan")),
     "steps": (0, 1.5),
+    "eps": (0.0, 1.0, -0.1, "x"),
+    "unmasking_temperature": (-0.5, "hot"),
     "schedule": ("cosine",),
     "block_cache": ("dual", "yes"),
     "stop_at_eos": ("yes",),
@@ -670,10 +689,10 @@ BAD = {
 @pytest.mark.parametrize(
     ("name", "value"), [(name, value) for name, values in BAD.items() for value in values], ids=str
 )
-def test_bad_arguments_are_named_before_any_computation(llada, prompt, name, value, monkeypatch):
-    monkeypatch.setattr(type(llada), "forward", lambda *args, **kwargs: pytest.fail("computed"))
+def test_bad_arguments_are_named_before_any_computation(model, prompt, name, value, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("computed"))
     with pytest.raises((ValueError, TypeError), match=name):
-        llada.generate(prompt, **{name: value})
+        model.generate(prompt, **{name: value})
 
 
 def bad_inputs():
@@ -706,29 +725,22 @@ def bad_inputs():
 
 
 @pytest.mark.parametrize("name", bad_inputs())
-def test_bad_inputs(llada, name, monkeypatch):
-    monkeypatch.setattr(type(llada), "forward", lambda *args, **kwargs: pytest.fail("computed"))
+def test_bad_inputs(model, name, monkeypatch):
+    monkeypatch.setattr(type(model), "forward", lambda *args, **kwargs: pytest.fail("computed"))
     arguments, message = bad_inputs()[name]
     with pytest.raises(ValueError, match=message):
-        llada.generate(**arguments)
-
-
-def test_shifted_family_needs_a_token_to_predict_from(shifted):
-    with pytest.raises(ValueError, match="row without a token"):
-        shifted.generate(torch.empty(1, 0, dtype=torch.long))
-    with pytest.raises(ValueError, match="row without a token"):
-        shifted.generate(torch.tensor([[38], [5]]), attention_mask=torch.tensor([[0], [1]]))
+        model.generate(**arguments)
 
 
 # --- several processes -----------------------------------------------------------------------------------------------
 
 
-def decode_in_step_with_others(rank, folder, port):
+def decode_in_step_with_others(rank, name, folder, port):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny")
+    model = FAMILIES[name].load()
     passes = []
     model.register_forward_hook(lambda *args: passes.append(1))
     prompt = torch.arange(5 + rank)[None]
@@ -744,14 +756,14 @@ def decode_in_step_with_others(rank, folder, port):
     dist.destroy_process_group()
 
 
-def test_synced_processes_make_the_same_number_of_passes(llada, tmp_path):
+def test_synced_processes_make_the_same_number_of_passes(family, model, tmp_path):
     """Under ZeRO-3 and FSDP a process that is done must go on making passes, or the others wait for it for ever."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(decode_in_step_with_others, (str(tmp_path), port), nprocs=2)
+    torch.multiprocessing.spawn(decode_in_step_with_others, (family.name, str(tmp_path), port), nprocs=2)
     for rank, steps in enumerate((3, 8)):
         passes, counted, sequences = torch.load(tmp_path / f"{rank}.pt")
         assert (passes, counted) == (8, steps)
         prompt = torch.arange(5 + rank)[None]
-        assert torch.equal(sequences, llada.generate(prompt, max_new_tokens=8, unmasking="confidence", steps=steps))
+        assert torch.equal(sequences, model.generate(prompt, max_new_tokens=8, unmasking="confidence", steps=steps))

@@ -1,0 +1,89 @@
+"""The model families, which run through the same tests: the fixture `family` of conftest.py."""
+
+from dataclasses import dataclass
+
+import torch
+from golden import FIXTURES
+
+from dparallel.modeling import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tests need to know of one.
+
+    Attributes:
+        name: as in the golden files' names and in those of `modeling/`.
+        config, model: the classes.
+        shape: of a model that is made on the spot, in the family's own keys.
+        embedding, blocks, norm, head: module paths in the model.
+        projections: of a block, in the order q, k, v, o, gate, up, down.
+        published: those that dParallel's code adapts.
+        frequent: two tokens that the golden model answers the tests' prompts with often.
+    """
+
+    name: str
+    config: type
+    model: type
+    shape: dict
+    embedding: str
+    blocks: str
+    norm: str
+    head: str
+    projections: tuple
+    published: tuple
+    frequent: tuple
+
+    @property
+    def golden(self):
+        return FIXTURES / f"{self.name}_tiny"
+
+    def load(self, **kwargs):
+        return self.model.from_pretrained(self.golden, **kwargs).eval()
+
+    def make(self, seed=0, **changes):
+        torch.manual_seed(seed)
+        return self.model(self.config(**(self.shape | changes)))
+
+
+SPECIAL = {"vocab_size": 50, "mask_token_id": 49, "eos_token_id": 48, "pad_token_id": 48}
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            name="llada",
+            config=LLaDAConfig,
+            model=LLaDAModelLM,
+            shape={"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64, **SPECIAL},
+            embedding="model.transformer.wte",
+            blocks="model.transformer.blocks",
+            norm="model.transformer.ln_f",
+            head="model.transformer.ff_out",
+            projections=("q_proj", "k_proj", "v_proj", "attn_out", "ff_proj", "up_proj", "ff_out"),
+            published=("q_proj", "k_proj", "v_proj", "up_proj"),
+            frequent=(11, 194),
+        ),
+        Family(
+            name="dream",
+            config=DreamConfig,
+            model=DreamModel,
+            shape={
+                "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+                "intermediate_size": 64, "max_position_embeddings": 512, "bos_token_id": 48, **SPECIAL,
+            },
+            embedding="model.embed_tokens",
+            blocks="model.layers",
+            norm="model.norm",
+            head="lm_head",
+            projections=(
+                "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+            ),
+            published=(
+                "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+                "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+            ),
+            frequent=(208, 61),
+        ),
+    )
+}  # fmt: skip

@@ -8,6 +8,7 @@ from .generation_diffusion import DiffusionGenerationConfig, DiffusionGeneration
 from .modeling_dream import DreamBaseModel, DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .token_statistics import TokenStatistics, token_statistics
+from .tokenization_dream import DreamTokenizer
 from .unmasking import POLICIES
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "DreamBaseModel",
     "DreamConfig",
     "DreamModel",
+    "DreamTokenizer",
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",

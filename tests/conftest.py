@@ -59,3 +59,16 @@ def word_tokenizer():
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(CHECKPOINT)
+
+
+@pytest.fixture(scope="session")
+def reader(family, word_model, word_tokenizer):
+    """A model of the family that says words of the word tokenizer: the one in the box, or one of random weights."""
+    if type(word_model) is family.model:
+        return word_model
+    model = family.make(vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0, hidden_size=64).eval()
+    tokens = [word_tokenizer.decode([i]) for i in range(len(word_tokenizer))]
+    spoken = [i for i, token in enumerate(tokens) if token.strip().isalpha() and token.isascii()]
+    model.generation_config.suppress_tokens = sorted(set(range(592)) - {0, *spoken})
+    model.generation_config.update(max_new_tokens=128, do_sample=False)  # else a pipeline samples
+    return model

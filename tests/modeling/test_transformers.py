@@ -11,13 +11,15 @@ import threading
 import pytest
 import torch
 from evaluation import evaluate
-from golden import CHECKPOINT, FIXTURES, STUDENT
+from families import FAMILIES
+from golden import CHECKPOINT, STUDENT
 from problems import TEST_SEED, generate_problems
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer, pipeline
 
 import dparallel.modeling
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 
+CODE = CHECKPOINT.parents[2] / "modeling"
 QUESTION = "Nora has 12 shells. Nora finds 8 more. How many shells are left?"
 
 
@@ -28,22 +30,23 @@ def inputs(word_tokenizer):
     )
 
 
-def test_auto_classes_give_the_class_with_the_head():
+def test_auto_classes_give_the_class_with_the_head(family):
     for auto in (AutoModel, AutoModelForCausalLM):
-        assert type(auto.from_pretrained(FIXTURES / "llada_tiny")) is LLaDAModelLM
+        assert type(auto.from_pretrained(family.golden)) is family.model
 
 
-def test_installed_code_wins_over_older_remote_code(tmp_path):
+def test_installed_code_wins_over_older_remote_code(family, tmp_path):
     """The official repositories carry remote code that does not run under transformers 5."""
     folder = tmp_path / "official"
-    shutil.copytree(FIXTURES / "llada_tiny", folder)
+    shutil.copytree(family.golden, folder)
     config = json.loads((folder / "config.json").read_text())
-    names = {"AutoConfig": "configuration_llada.LLaDAConfig", "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM"}
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": names}))
-    for name in ("configuration_llada", "modeling_llada"):
+    codes = {"AutoConfig": family.config, "AutoModel": family.model, "AutoModelForCausalLM": family.model}
+    auto_map = {auto: f"{code.__module__.rpartition('.')[2]}.{code.__name__}" for auto, code in codes.items()}
+    (folder / "config.json").write_text(json.dumps(config | {"auto_map": auto_map}))
+    for name in (f"configuration_{family.name}", f"modeling_{family.name}"):
         (folder / f"{name}.py").write_text("raise RuntimeError('the old remote code ran')")
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-    assert type(model) is LLaDAModelLM
+    for auto in (AutoModel, AutoModelForCausalLM):
+        assert type(auto.from_pretrained(folder, trust_remote_code=True)) is family.model
 
 
 STRANGER = """
@@ -74,20 +77,21 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("source", ["saved", "teacher", "student"])
+@pytest.mark.parametrize("source", ["teacher", "student", *FAMILIES])
 def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
-    folder, threshold = CHECKPOINT, None
-    if source == "student":
+    """From the folders in the repository, and from a saved model of each family."""
+    folder, threshold, config = CHECKPOINT, None, "LLaDAConfig"
+    if source == "teacher":
+        model = word_model
+    elif source == "student":
         folder, threshold = STUDENT, 0.1
         model = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32)
-    elif source == "saved":
-        folder, threshold = tmp_path / "saved", 0.4
-        model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-        model.generation_config.update(unmasking="entropy_threshold", threshold=threshold)
+    else:
+        folder, threshold, config = tmp_path / "saved", 0.4, FAMILIES[source].config.__name__
+        model = FAMILIES[source].make(vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0).eval()
+        model.generation_config.update(unmasking="entropy_threshold", threshold=threshold, max_new_tokens=40)
         model.save_pretrained(folder)
         word_tokenizer.save_pretrained(folder)
-    else:
-        model = word_model
     prompt = inputs["input_ids"][0].tolist()
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", STRANGER, str(folder), str(tmp_path / "again"), json.dumps(prompt)]
@@ -95,7 +99,7 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     expected = model.generate(**inputs, return_dict_in_generate=True)
-    assert found["config"] == "LLaDAConfig" and found["modules"] == []
+    assert found["config"] == config and found["modules"] == []
     for name in ("model", "first", "second"):
         assert found[name] == [
             expected.sequences[0].tolist(),
@@ -105,13 +109,22 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
     assert found["text"] == word_tokenizer.decode(expected.sequences[0])
 
 
-def test_saved_folder_holds_all_remote_code_and_nothing_else(word_model, tmp_path):
-    word_model.save_pretrained(tmp_path)
-    names = {"configuration_llada", "modeling_llada", "generation_diffusion", "token_statistics", "unmasking"}
+SHARED = {"generation_diffusion", "token_statistics", "unmasking"}
+
+
+def test_saved_folder_holds_all_remote_code_and_nothing_else(family, reader, tmp_path):
+    reader.save_pretrained(tmp_path)
+    names = {f"configuration_{family.name}", f"modeling_{family.name}", *SHARED}
     assert {path.stem for path in tmp_path.glob("*.py")} == names
     for name in names:
-        source = (CHECKPOINT.parents[2] / "modeling" / f"{name}.py").read_text()
-        assert (tmp_path / f"{name}.py").read_text() == (CHECKPOINT / f"{name}.py").read_text() == source
+        assert (tmp_path / f"{name}.py").read_text() == (CODE / f"{name}.py").read_text()
+
+
+@pytest.mark.parametrize("folder", [CHECKPOINT, STUDENT], ids=["teacher", "student"])
+def test_the_box_has_the_same_code(folder):
+    names = {"configuration_llada", "modeling_llada", *SHARED}
+    assert {path.stem for path in folder.glob("*.py")} == names
+    assert all((folder / f"{name}.py").resolve() == (CODE / f"{name}.py").resolve() for name in names)
 
 
 @pytest.mark.parametrize("folder", [CHECKPOINT, STUDENT], ids=["teacher", "student"])
@@ -136,11 +149,11 @@ def test_student_in_the_box_needs_a_fraction_of_the_passes(word_model, word_toke
     assert fast.accuracy >= slow.accuracy - 0.07 and fast.nfe < slow.nfe / 10
 
 
-def test_pipeline(word_model, word_tokenizer, inputs):
-    pipe = pipeline("text-generation", model=word_model, tokenizer=word_tokenizer)
+def test_pipeline(reader, word_tokenizer, inputs):
+    pipe = pipeline("text-generation", model=reader, tokenizer=word_tokenizer)
     start = inputs["input_ids"].shape[1]
     expected = word_tokenizer.decode(
-        word_model.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        reader.generate(**inputs)[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
     chat = [{"role": "user", "content": QUESTION}]
     assert pipe(chat)[0]["generated_text"][-1] == {"role": "assistant", "content": expected}
@@ -149,32 +162,34 @@ def test_pipeline(word_model, word_tokenizer, inputs):
     assert texts[0][0]["generated_text"].replace("<|endoftext|>", "") == expected
     # A policy named here brings its own default, not the number of the pipeline's copy of the configuration.
     by_entropy = pipe(chat, unmasking="entropy_threshold")[0]["generated_text"][-1]["content"]
-    ids = word_model.generate(**inputs, unmasking="entropy_threshold", threshold=0.5)
+    ids = reader.generate(**inputs, unmasking="entropy_threshold", threshold=0.5)
     assert by_entropy == word_tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-def test_text_streamers_print_what_is_returned(word_model, word_tokenizer, inputs, capsys):
-    ids = word_model.generate(**inputs, streamer=TextStreamer(word_tokenizer, skip_prompt=True))
+def test_text_streamers_print_what_is_returned(reader, word_tokenizer, inputs, capsys):
+    ids = reader.generate(**inputs, streamer=TextStreamer(word_tokenizer, skip_prompt=True))
     answer = word_tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert capsys.readouterr().out == answer + "<|endoftext|>\n"
+    end = "<|endoftext|>" if ids[0, -1] == word_tokenizer.pad_token_id else ""
+    assert capsys.readouterr().out == answer + end + "\n"
     streamer = TextIteratorStreamer(word_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
-    thread = threading.Thread(target=word_model.generate, kwargs={**inputs, "streamer": streamer})
+    thread = threading.Thread(target=reader.generate, kwargs={**inputs, "streamer": streamer})
     thread.start()
     pieces = [piece for piece in streamer if piece]
     thread.join()
     assert "".join(pieces) == answer and len(pieces) > 3
 
 
-def test_stop_strings_cut_inside_a_block(word_model, word_tokenizer, inputs):
+def test_stop_strings_cut_inside_a_block(reader, word_tokenizer, inputs):
     start = inputs["input_ids"].shape[1]
-    full = word_model.generate(**inputs)[0, start:]
-    for stop in ("=", " answer", "= 2", "The"):
-        output = word_model.generate(**inputs, stop_strings=[stop, "never"], tokenizer=word_tokenizer)[0, start:]
+    full = reader.generate(**inputs)[0, start:]
+    words = [word_tokenizer.decode(full[:i]) for i in (2, 3, 7, 41)]
+    for stop in (words[0], words[1][-3:], words[2][-2:], words[3][-9:]):
+        output = reader.generate(**inputs, stop_strings=[stop, "never"], tokenizer=word_tokenizer)[0, start:]
         length = next(i for i in range(1, 129) if stop in word_tokenizer.decode(full[:i]))
         assert output[:length].tolist() == full[:length].tolist()
         assert (output[length:] == word_tokenizer.pad_token_id).all()
     with pytest.raises(ValueError, match="tokenizer"):
-        word_model.generate(**inputs, stop_strings=["="])
+        reader.generate(**inputs, stop_strings=["="])
 
 
 def test_lm_evaluation_harness(word_model, word_tokenizer, tmp_path):
@@ -212,8 +227,7 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
     assert results["results"]["word_problems"]["exact_match,answer"] == 1.0
 
 
-def test_loading_with_a_generation_config_of_ones_own():
-    config = DiffusionGenerationConfig(unmasking="margin", steps=7)
-    model = LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny", generation_config=config)
+def test_loading_with_a_generation_config_of_ones_own(family):
+    model = family.load(generation_config=DiffusionGenerationConfig(unmasking="margin", steps=7))
     assert (model.generation_config.unmasking, model.generation_config.steps) == ("margin", 7)
     assert dparallel.modeling.POLICIES["margin"].is_scheduled

@@ -34,6 +34,12 @@ def model(family):
 
 
 @pytest.fixture(scope="session")
+def small_model(family):
+    """Makes models of the family that read the ids of the word tokenizer."""
+    return family.small
+
+
+@pytest.fixture(scope="session")
 def llada_gqa():
     """A second LLaDA, with grouped-query attention, as Dream has it."""
     from dparallel.modeling import LLaDAModelLM
@@ -66,7 +72,7 @@ def reader(family, word_model, word_tokenizer):
     """A model of the family that says words of the word tokenizer: the one in the box, or one of random weights."""
     if type(word_model) is family.model:
         return word_model
-    model = family.make(vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0, hidden_size=64).eval()
+    model = family.small(hidden_size=64).eval()
     tokens = [word_tokenizer.decode([i]) for i in range(len(word_tokenizer))]
     spoken = [i for i, token in enumerate(tokens) if token.strip().isalpha() and token.isascii()]
     model.generation_config.suppress_tokens = sorted(set(range(592)) - {0, *spoken})

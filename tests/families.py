@@ -45,6 +45,10 @@ class Family:
         torch.manual_seed(seed)
         return self.model(self.config(**(self.shape | changes)))
 
+    def small(self, seed=0, **changes):
+        """A model that is made on the spot and reads the ids of the word tokenizer."""
+        return self.make(seed, vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0, **changes)
+
 
 SPECIAL = {"vocab_size": 50, "mask_token_id": 49, "eos_token_id": 48, "pad_token_id": 48}
 FAMILIES = {

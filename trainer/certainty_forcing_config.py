@@ -7,23 +7,36 @@ from dparallel.modeling import POLICIES
 from .masked_diffusion_config import MaskedDiffusionConfig
 
 MASKINGS = ("block", "response", "trajectory")
+# What dParallel published for each family, by the model's `model_type`.
+PUBLISHED = {
+    "llada": {"masking": "block", "certainty_weight": 2.0, "max_length": 384},
+    "Dream": {"masking": "response", "certainty_weight": 1.0, "response_length": 256},
+}
 
 
 @dataclass
 class CertaintyForcingConfig(MaskedDiffusionConfig):
-    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. Masks, losses, lengths and learning rate
-    default to what dParallel published for LLaDA; for the length of the training see the README's recipes.
+    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. The defaults are what dParallel
+    published; where that depends on the model's family they are None, and the trainer puts in the family's
+    (`PUBLISHED`; LLaDA's for families that are not there). For the length of the training see the README's recipes.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
 
-    masking: str = field(
-        default="block",
+    max_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens of prompt and response together, as in MaskedDiffusionConfig. Where neither this nor "
+            "`response_length` is given: 384 in all for LLaDA, 256 for the response for Dream."
+        },
+    )
+    masking: str | None = field(
+        default=None,
         metadata={
             "help": "Which tokens are hidden. 'block': of a random block, with all behind it hidden and not scored "
-            "(LLaDA). 'response': of the whole response (Dream). 'trajectory': as 'block', but in the order in which "
-            "the teacher wrote them, from the column `unmasking_step`.",
+            "(default for LLaDA). 'response': of the whole response (for Dream). 'trajectory': as 'block', but in the "
+            "order in which the teacher wrote them, from the column `unmasking_step`.",
             "choices": list(MASKINGS),
         },
     )
@@ -48,8 +61,9 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
     trajectory_weight: float = field(
         default=1.0, metadata={"help": "Weight of the cross-entropy with the teacher's answer."}
     )
-    certainty_weight: float = field(
-        default=2.0, metadata={"help": "Weight of the entropy of tokens that are predicted right already."}
+    certainty_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the entropy of tokens that are predicted right already: 2 (LLaDA) or 1 (Dream)."},
     )
     certainty_temperature: float = field(default=0.5, metadata={"help": "Temperature of that entropy, above 0."})
     unmasking: str = field(
@@ -70,7 +84,8 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
     def __post_init__(self):
         super().__post_init__()
 
-        self._require(self.masking in MASKINGS, "masking", f"one of {', '.join(map(repr, MASKINGS))}")
+        allowed = f"one of {', '.join(map(repr, MASKINGS))}, or None"
+        self._require(self.masking in (*MASKINGS, None), "masking", allowed)
         self._require(self.block_length is not None, "block_length", "at least 1 (`masking='response'` ignores it)")
         start = self.block_length_start
         self._require(start is None or 1 <= start, "block_length_start", "at least 1, or None")
@@ -78,7 +93,8 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         for name in ("mask_ratio_low", "mask_ratio_start"):
             self._require(getattr(self, name) is None or 0 <= getattr(self, name) <= 1, name, "from 0 to 1, or None")
         self._require(0 <= self.trajectory_weight, "trajectory_weight", "at least 0")
-        self._require(0 <= self.certainty_weight, "certainty_weight", "at least 0")
+        weight = self.certainty_weight
+        self._require(weight is None or 0 <= weight, "certainty_weight", "at least 0, or None")
         self._require(0 < self.certainty_temperature, "certainty_temperature", "above 0")
         thresholded = [name for name, policy in POLICIES.items() if not policy.is_scheduled]
         self._require(self.unmasking in thresholded, "unmasking", f"one of {', '.join(map(repr, thresholded))}")
@@ -93,6 +109,13 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         self._require(
             self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens"
         )
+
+    def complete(self, model_type):
+        for name, value in PUBLISHED.get(model_type, PUBLISHED["llada"]).items():
+            # One length is enough.
+            settings = ("max_length", "response_length") if name.endswith("_length") else (name,)
+            if all(getattr(self, setting) is None for setting in settings):
+                setattr(self, name, value)
 
     @property
     def decoding(self) -> dict:

@@ -10,11 +10,13 @@ from torch import nn
 # mean more than it seems to: `ff_out` is a projection of LLaDA's blocks, and also its head.
 ALL_PROJECTIONS = {
     "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
+    "Dream": r".*\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
 }
 # What remains of dParallel's published list (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) in each family:
 # its code passes over names that a model does not have.
 PUBLISHED_PROJECTIONS = {
     "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|up_proj)",
+    "Dream": ALL_PROJECTIONS["Dream"],
 }
 
 

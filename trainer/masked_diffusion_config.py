@@ -70,6 +70,9 @@ class MaskedDiffusionConfig(TrainingArguments):
         self._require(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", allowed)
         super().__post_init__()
 
+    def complete(self, model_type: str):
+        """Settle what was left open and depends on the model's family: here nothing. The trainer calls it."""
+
     def _require(self, condition, name, allowed):
         if not condition:
             raise ValueError(f"`{name}={getattr(self, name)!r}` is not allowed: it must be {allowed}.")

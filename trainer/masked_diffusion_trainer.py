@@ -107,6 +107,7 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
+        args.complete(model.config.model_type)
         if processing_class is None:
             source = {
                 k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -91,8 +92,14 @@ def prompts_file(tmp_path):
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
-def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, use_peft):
-    flags = [*DISTILL, "--max_steps", 2, "--threshold", 0.3, "--eval_size", 2, "--eval_strategy", "steps"]
+def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word_tokenizer, use_peft):
+    reader.save_pretrained(tmp_path / "teacher")
+    word_tokenizer.save_pretrained(tmp_path / "teacher")
+    flags = [tmp_path / "teacher" if flag == str(CHECKPOINT) else flag for flag in DISTILL]
+    if type(reader) is not LLaDAModelLM:  # its answers are no use, but they are answers
+        flags[flags.index("--judge") + 1] = tmp_path / "yes.py:yes"
+        (tmp_path / "yes.py").write_text("def yes(row):\n    return True\n")
+    flags += ["--max_steps", 2, "--threshold", 0.3, "--eval_size", 2, "--eval_strategy", "steps"]
     flags += ["--eval_steps", 2, "--eval_decoding_samples", 2, "--eval_max_new_tokens", 64]
     result = run("distill.py", *flags, *(["--use_peft"] if use_peft else []), cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -6,23 +6,31 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from golden import CHECKPOINT
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from dparallel.hub_cards import merge_adapter
-from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
 
 ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
 
 
 @pytest.fixture
-def trained(tmp_path, word_tokenizer):
+def base(small_model, word_tokenizer, tmp_path):
+    """The folder of a base model."""
+    model = small_model()
+    model.generation_config.max_new_tokens = 128
+    model.save_pretrained(tmp_path / "base")
+    word_tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def trained(family, base, tmp_path, word_tokenizer):
     """An adapter after a few large steps, as a user saves it."""
-    model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    model = family.model.from_pretrained(base)
     args = CertaintyForcingConfig(
-        str(tmp_path / "adapter"), max_steps=3, learning_rate=1e-2, max_length=32, report_to="none", use_cpu=True,
+        str(tmp_path / "adapter"), max_steps=10, learning_rate=3e-2, max_length=32, report_to="none", use_cpu=True,
         save_strategy="no", disable_tqdm=True, block_length=8,
     )  # fmt: skip
     trainer = CertaintyForcingTrainer(
@@ -35,11 +43,11 @@ def trained(tmp_path, word_tokenizer):
 
 
 @pytest.mark.parametrize("from_disk", [False, True])
-def test_merged_equals_unmerged(trained, tmp_path, word_model, word_tokenizer, from_disk):
+def test_merged_equals_unmerged(trained, tmp_path, small_model, word_tokenizer, from_disk):
     ids = torch.arange(300, 330)[None]
     with torch.no_grad():
         expected = trained.eval()(ids).logits
-        assert (expected - word_model(ids).logits).abs().max() > 0.1
+        assert (expected - small_model()(ids).logits).abs().max() > 0.1
         adapter = tmp_path / "adapter" if from_disk else trained
         settings = {"unmasking": "entropy_threshold", "threshold": 0.25}
         merge_adapter(
@@ -77,19 +85,19 @@ def test_the_threshold_belongs_to_the_policy(trained, tmp_path, word_tokenizer):
     assert merged.generation_config.threshold is None
 
 
-def test_what_cannot_be_merged(tmp_path, word_model, word_tokenizer):
-    with pytest.raises(ValueError, match="`adapter` is a LLaDAModelLM without an adapter"):
-        merge_adapter(word_model, tmp_path)
-    model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
+    with pytest.raises(ValueError, match=f"`adapter` is a {family.model.__name__} without an adapter"):
+        merge_adapter(small_model(), tmp_path)
+    adapted = get_peft_model(small_model(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="`threshold=-1` is not allowed"):
         merge_adapter(adapted, tmp_path, word_tokenizer, unmasking="entropy_threshold", threshold=-1)
     with pytest.raises(ValueError, match=r"\['treshold'\] are no fields of DiffusionGenerationConfig"):
         merge_adapter(adapted, tmp_path, word_tokenizer, treshold=0.5)
-    assert adapted.base_model.model.model.transformer.blocks[0].q_proj.lora_A  # still there
+    query = f"{family.blocks}.0.{family.projections[0]}"
+    assert adapted.base_model.model.get_submodule(query).lora_A  # still there
     with pytest.raises(ValueError, match="PROMPT_TUNING, which has no weights to merge"):
         prompts = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=256, num_layers=6, num_attention_heads=8,
+            task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=32, num_layers=2, num_attention_heads=4,
             num_transformer_submodules=1,
         )  # fmt: skip
-        merge_adapter(get_peft_model(LLaDAModelLM.from_pretrained(CHECKPOINT), prompts), tmp_path, word_tokenizer)
+        merge_adapter(get_peft_model(small_model(), prompts), tmp_path, word_tokenizer)

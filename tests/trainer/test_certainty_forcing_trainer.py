@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset
-from test_generation import ShiftedConfig, ShiftedModel
-from test_masked_diffusion_trainer import EOS, MASK, rows, small_model, weights_after
+from families import FAMILIES
+from test_masked_diffusion_trainer import EOS, MASK, any_model, rows, weights_after
 
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, MaskedDiffusionConfig
 from dparallel.trainer.losses import certainty_forcing_loss
@@ -14,18 +14,27 @@ from dparallel.trainer.masking import complementary_masks, response_mask
 def settings(tmp_path, **changes):
     defaults = {"output_dir": str(tmp_path), "report_to": "none", "save_strategy": "no", "use_cpu": True}
     defaults |= {"max_length": 64, "per_device_train_batch_size": 8, "logging_steps": 1, "disable_tqdm": True}
-    return CertaintyForcingConfig(**(defaults | {"block_length": 16} | changes))
+    defaults |= {"masking": "block", "block_length": 16, "certainty_weight": 2.0}
+    return CertaintyForcingConfig(**(defaults | changes))
 
 
-def make_trainer(tmp_path, tokenizer, model=None, dataset=None, **changes):
+def build_trainer(tmp_path, tokenizer, model, dataset=None, **changes):
     kinds = {key: changes.pop(key) for key in ("peft_config", "eval_dataset", "judge") if key in changes}
     return CertaintyForcingTrainer(
-        model=small_model() if model is None else model,
+        model=model,
         args=settings(tmp_path, **changes),
         train_dataset=Dataset.from_list(rows()) if dataset is None else dataset,
         processing_class=tokenizer,
         **kinds,
     )
+
+
+@pytest.fixture
+def make_trainer(small_model):
+    def make(tmp_path, tokenizer, model=None, dataset=None, **changes):
+        return build_trainer(tmp_path, tokenizer, small_model() if model is None else model, dataset, **changes)
+
+    return make
 
 
 def trajectories(tokenizer, count=12):
@@ -64,12 +73,11 @@ def plain_loss(model, batch, args, shift):
 
 
 @pytest.mark.parametrize("masking", ["block", "response", "trajectory"])
-@pytest.mark.parametrize("family", ["llada", "shifted"])
-def test_fused_loss_equals_the_plain_one(tmp_path, word_tokenizer, family, masking):
-    torch.manual_seed(0)
-    model = small_model() if family == "llada" else ShiftedModel(ShiftedConfig(vocab_size=592, mask_token_id=MASK))
+@pytest.mark.parametrize("name", [*FAMILIES, "shifted"])
+def test_fused_loss_equals_the_plain_one(tmp_path, word_tokenizer, name, masking):
+    model = any_model(name)
     changes = {"masking": masking, "max_steps": 30, "learning_rate": 1e-2, "trajectory_weight": 0.7}
-    trainer = make_trainer(tmp_path, word_tokenizer, model, trajectories(word_tokenizer), **changes)
+    trainer = build_trainer(tmp_path, word_tokenizer, model, trajectories(word_tokenizer), **changes)
     trainer.train()  # until some predictions are right
     trainer._epoch = 0
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
@@ -81,23 +89,23 @@ def test_fused_loss_equals_the_plain_one(tmp_path, word_tokenizer, family, maski
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
-def test_no_logits_of_whole_sequences(tmp_path, word_tokenizer):
+def test_no_logits_of_whole_sequences(tmp_path, word_tokenizer, make_trainer):
     """At most a block's worth of positions goes through the head, both views in one call."""
     trainer, shapes = make_trainer(tmp_path, word_tokenizer), []
-    trainer.model.model.transformer.ff_out.register_forward_hook(lambda *call: shapes.append(call[2].shape))
+    trainer.model.get_output_embeddings().register_forward_hook(lambda *call: shapes.append(call[2].shape))
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     trainer.compute_loss(trainer.model, batch)
     assert len(shapes) == 1 and shapes[0][0] == 12 and shapes[0][1] <= 16
 
 
-def test_one_view_only(tmp_path, word_tokenizer):
+def test_one_view_only(tmp_path, word_tokenizer, make_trainer):
     both = make_trainer(tmp_path, word_tokenizer)
     batch = both.data_collator([both.train_dataset[i] for i in range(6)])
     half = make_trainer(tmp_path, word_tokenizer, model=both.model, complementary=False)
     assert 0 < half.compute_loss(half.model, batch) < both.compute_loss(both.model, batch)
 
 
-def test_a_batch_without_anything_to_score(tmp_path, word_tokenizer):
+def test_a_batch_without_anything_to_score(tmp_path, word_tokenizer, make_trainer):
     """As at the first step of a mask ratio that grows from 0."""
     trainer = make_trainer(
         tmp_path, word_tokenizer, complementary=False, mask_ratio_start=0.0, max_steps=3, learning_rate=1e-3
@@ -107,7 +115,7 @@ def test_a_batch_without_anything_to_score(tmp_path, word_tokenizer):
     assert losses[0] == 0 < losses[1]
 
 
-def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer):
     results = [
         weights_after(
             make_trainer(
@@ -121,7 +129,7 @@ def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
     torch.testing.assert_close(results[0], results[2], atol=2e-5, rtol=1e-3)
 
 
-def test_gradient_checkpointing_and_autocast(tmp_path, word_tokenizer):
+def test_gradient_checkpointing_and_autocast(tmp_path, word_tokenizer, make_trainer):
     """Checkpointing changes nothing, bfloat16 little."""
     options = {"max_steps": 3, "learning_rate": 1e-3}
     plain = weights_after(make_trainer(tmp_path, word_tokenizer, **options))
@@ -131,9 +139,9 @@ def test_gradient_checkpointing_and_autocast(tmp_path, word_tokenizer):
     assert 0 < (rounded - plain).abs().mean() < 2e-4
 
 
-def test_a_loss_that_is_not_finite(tmp_path, word_tokenizer):
+def test_a_loss_that_is_not_finite(tmp_path, word_tokenizer, family, make_trainer, small_model):
     model = small_model()
-    model.model.transformer.ln_f.weight.data[0] = torch.nan
+    model.get_submodule(family.norm).weight.data[0] = torch.nan
     with pytest.raises(ValueError, match=r"not finite at step 0.*Lower `learning_rate"):
         make_trainer(tmp_path, word_tokenizer, model=model, max_steps=2).train()
 
@@ -144,7 +152,7 @@ METRICS = "trajectory_loss certainty_loss masked_accuracy mean_confidence mean_e
 
 
 @pytest.mark.parametrize("masking", ["block", "trajectory"])
-def test_training_logs_its_terms_and_decodes(tmp_path, word_tokenizer, masking):
+def test_training_logs_its_terms_and_decodes(tmp_path, word_tokenizer, masking, make_trainer):
     dataset = trajectories(word_tokenizer)
     examples = Dataset.from_list([{**row, "n": i} for i, row in enumerate(rows(5))])
     examples = examples.map(lambda row: trajectories(word_tokenizer, 5)[row["n"]])
@@ -182,7 +190,7 @@ def test_training_logs_its_terms_and_decodes(tmp_path, word_tokenizer, masking):
     assert output.num_forward_passes.item() >= 1
 
 
-def test_masks_grow_with_training(tmp_path, word_tokenizer):
+def test_masks_grow_with_training(tmp_path, word_tokenizer, small_model):
     seen = []
 
     class Spy(CertaintyForcingTrainer):
@@ -204,7 +212,7 @@ def test_masks_grow_with_training(tmp_path, word_tokenizer):
     assert seen == [(pytest.approx(0.8), 16)]
 
 
-def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
+def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, make_trainer, small_model):
     options = {"max_steps": 12, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 7}
     options |= {"mask_ratio_start": 0.1}
     unbroken = weights_after(make_trainer(tmp_path / "a", word_tokenizer, **options))
@@ -214,7 +222,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
     assert torch.equal(unbroken, resumed)
 
 
-def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer):
+def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer, make_trainer):
     def judge(row):
         return row["mine"]
 
@@ -227,6 +235,28 @@ def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer):
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=first, **options)
     assert trainer.evaluate()["eval_decoding_accuracy"] == 1.0
     assert trainer.evaluate(other)["eval_decoding_accuracy"] == 0.0
+
+
+# --- what was published for a family ---------------------------------------------------------------------------------
+
+
+def test_settings_left_open_are_the_familys(tmp_path, word_tokenizer, family, small_model):
+    def trained_with(**changes):
+        args = CertaintyForcingConfig(str(tmp_path), report_to="none", use_cpu=True, **changes)
+        dataset = Dataset.from_list(rows(3))
+        trainer = CertaintyForcingTrainer(small_model(), args, train_dataset=dataset, processing_class=word_tokenizer)
+        lengths = {(len(row["input_ids"]), row["prompt_length"]) for row in trainer.train_dataset}
+        return args, lengths
+
+    args, lengths = trained_with()
+    published = {"llada": ("block", 2.0, 384, None), "dream": ("response", 1.0, None, 256)}
+    found = (args.masking, args.certainty_weight, args.max_length, args.response_length)
+    assert found == published[family.name]
+    assert all(total == 384 if family.name == "llada" else total - prompt == 256 for total, prompt in lengths)
+    args, lengths = trained_with(masking="block", certainty_weight=0.0, response_length=40)
+    assert (args.masking, args.certainty_weight, args.max_length, args.response_length) == ("block", 0.0, None, 40)
+    assert all(total - prompt == 40 for total, prompt in lengths)
+    assert trained_with(max_length=50)[0].response_length is None
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -258,7 +288,7 @@ def test_wrong_arguments(tmp_path, changes, message):
         settings(tmp_path, **changes)
 
 
-def test_wrong_inputs(tmp_path, word_tokenizer):
+def test_wrong_inputs(tmp_path, word_tokenizer, make_trainer, small_model):
     with pytest.raises(ValueError, match="must be a CertaintyForcingConfig"):
         CertaintyForcingTrainer(small_model(), MaskedDiffusionConfig(str(tmp_path)), processing_class=word_tokenizer)
     with pytest.raises(ValueError, match="`train_dataset` has no `unmasking_step`"):

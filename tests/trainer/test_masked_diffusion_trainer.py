@@ -5,12 +5,12 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
+from families import FAMILIES
 from golden import CHECKPOINT
 from test_generation import ShiftedConfig, ShiftedModel
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
-from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from dparallel.trainer import (
     DataCollatorForMaskedDiffusion,
     MaskedDiffusionConfig,
@@ -22,12 +22,6 @@ from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
 
 EOS, MASK = 0, 1
-
-
-def small_model(seed=0):
-    torch.manual_seed(seed)
-    config = {"d_model": 32, "n_layers": 2, "n_heads": 4, "mlp_hidden_size": 64, "vocab_size": 592}
-    return LLaDAModelLM(LLaDAConfig(**config, mask_token_id=MASK, eos_token_id=EOS, pad_token_id=EOS))
 
 
 def rows(count=40):
@@ -43,13 +37,28 @@ def settings(tmp_path, **changes):
     return MaskedDiffusionConfig(**(defaults | changes))
 
 
-def make_trainer(tmp_path, tokenizer, model=None, dataset=None, **changes):
+def build_trainer(tmp_path, tokenizer, model, dataset=None, **changes):
     dataset = Dataset.from_list(rows()) if dataset is None else dataset
-    model = small_model() if model is None else model
     kinds = {key: changes.pop(key) for key in ("peft_config", "eval_dataset") if key in changes}
     return MaskedDiffusionTrainer(
         model=model, args=settings(tmp_path, **changes), train_dataset=dataset, processing_class=tokenizer, **kinds
     )
+
+
+@pytest.fixture
+def make_trainer(small_model):
+    def make(tmp_path, tokenizer, model=None, dataset=None, **changes):
+        return build_trainer(tmp_path, tokenizer, small_model() if model is None else model, dataset, **changes)
+
+    return make
+
+
+def any_model(name):
+    """Of a family, or of one that is made up."""
+    if name in FAMILIES:
+        return FAMILIES[name].small()
+    torch.manual_seed(0)
+    return ShiftedModel(ShiftedConfig(vocab_size=592, mask_token_id=MASK))
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def test_collator_masks_only_what_it_adds():
     assert batch["prompt_length"].tolist() == [1, 1] and batch["example_id"].tolist() == [7, 8]
 
 
-def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog):
+def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog, make_trainer):
     long = {"prompt": "Sam has 3 books. " * 20, "completion": "3."}
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([*rows(3), long, long]))
@@ -109,7 +118,7 @@ def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([long]))
 
 
-def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog):
+def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog, make_trainer):
     short = Dataset.from_list([{"prompt": "Sam has 3 books.", "completion": "So 3."}])
     with caplog.at_level(logging.WARNING):
         make_trainer(tmp_path, word_tokenizer, dataset=short, response_length=8)
@@ -125,7 +134,7 @@ def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog):
         (Dataset.from_dict({"prompt": [], "completion": []}), "`train_dataset` is empty"),
     ],
 )
-def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message):
+def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message, make_trainer):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, word_tokenizer, dataset=dataset)
 
@@ -144,7 +153,7 @@ def test_wrong_arguments(tmp_path, changes, name):
         settings(tmp_path, **changes)
 
 
-def test_models_that_cannot_be_trained(tmp_path, word_tokenizer):
+def test_models_that_cannot_be_trained(tmp_path, word_tokenizer, make_trainer, small_model):
     model = small_model()
     model.config.mask_token_id = None
     with pytest.raises(ValueError, match="mask_token_id"):
@@ -180,12 +189,11 @@ def plain_loss(model, batch, args, epoch, shift):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("family", ["llada", "shifted"])
+@pytest.mark.parametrize("name", [*FAMILIES, "shifted"])
 @pytest.mark.parametrize("loss_weighting", ["inverse_t", "uniform", "token"])
-def test_loss_equals_the_plain_one(tmp_path, word_tokenizer, loss_weighting, family):
-    torch.manual_seed(0)
-    model = small_model() if family == "llada" else ShiftedModel(ShiftedConfig(vocab_size=592, mask_token_id=MASK))
-    trainer = make_trainer(tmp_path, word_tokenizer, model=model, loss_weighting=loss_weighting)
+def test_loss_equals_the_plain_one(tmp_path, word_tokenizer, loss_weighting, name):
+    model = any_model(name)
+    trainer = build_trainer(tmp_path, word_tokenizer, model, loss_weighting=loss_weighting)
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(6)])
     loss = trainer.compute_loss(model.train(), batch)
     expected = plain_loss(model, batch, trainer.args, 0, model.logits_shift)
@@ -210,7 +218,7 @@ def weights_after(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer):
     """8 x 1, 2 x 4 and 1 x 8 accumulation: gradients are means over rows, and masks do not know of batches."""
     results = [
         weights_after(
@@ -229,7 +237,7 @@ def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer):
 
 
 @pytest.mark.parametrize("block_length", [None, 16])
-def test_training_learns_and_logs(tmp_path, word_tokenizer, block_length):
+def test_training_learns_and_logs(tmp_path, word_tokenizer, block_length, make_trainer):
     trainer = make_trainer(
         tmp_path, word_tokenizer, max_steps=60, learning_rate=1e-2, block_length=block_length,
         eval_dataset=Dataset.from_list(rows(16)), eval_strategy="steps", eval_steps=10,
@@ -245,7 +253,7 @@ def test_training_learns_and_logs(tmp_path, word_tokenizer, block_length):
     assert first["eval_masked_accuracy"] == second["eval_masked_accuracy"]
 
 
-def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
+def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, make_trainer, small_model):
     options = {"max_steps": 12, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 7}
     unbroken = weights_after(make_trainer(tmp_path / "a", word_tokenizer, **options))
     make_trainer(tmp_path / "b", word_tokenizer, **options)
@@ -255,7 +263,7 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer):
     assert torch.equal(unbroken, resumed)
 
 
-def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokenizer):
+def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokenizer, make_trainer, small_model):
     options = {"max_steps": 6, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
     unbroken = weights_after(make_trainer(tmp_path, word_tokenizer, **options))
     (tmp_path / "checkpoint-6" / "trainer_state.json").unlink()
@@ -268,7 +276,7 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokeni
         make_trainer(tmp_path / "new", word_tokenizer).train(resume_from_checkpoint=True)
 
 
-def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer):
+def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_trainer):
     trainer = make_trainer(
         tmp_path, word_tokenizer, max_steps=6, eval_dataset=Dataset.from_list(rows(8)), eval_strategy="steps",
         eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
@@ -279,10 +287,10 @@ def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer):
     assert trainer.state.best_metric == best
 
 
-def test_adapter(tmp_path, word_tokenizer):
+def test_adapter(tmp_path, word_tokenizer, family, make_trainer, small_model):
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    config = LoraConfig(target_modules=["q_proj", "attn_out"], r=4)
+    config = LoraConfig(target_modules=["q_proj", family.projections[3]], r=4)
     trainer = make_trainer(
         tmp_path, word_tokenizer, peft_config=config, max_steps=3, learning_rate=1e-2, gradient_checkpointing=True
     )
@@ -317,7 +325,7 @@ def test_model_by_path_and_streamed_data(tmp_path):
     assert (tmp_path / "modeling_llada.py").exists() and (tmp_path / "tokenizer.json").exists()
 
 
-def test_streams_keep_the_rule_of_the_masks(tmp_path, word_tokenizer, caplog):
+def test_streams_keep_the_rule_of_the_masks(tmp_path, word_tokenizer, caplog, small_model):
     """Ids come from the example and not from its place, and each pass over a stream is a new epoch."""
     long = {"prompt": "Sam has 3 books. " * 20, "completion": "3."}
     stream = Dataset.from_list([*rows(8), long]).to_iterable_dataset()
@@ -341,7 +349,7 @@ def test_streams_keep_the_rule_of_the_masks(tmp_path, word_tokenizer, caplog):
     assert ids == set(seen[0][1] + seen[1][1])
 
 
-def test_evaluation_of_another_dataset(tmp_path, word_tokenizer):
+def test_evaluation_of_another_dataset(tmp_path, word_tokenizer, make_trainer):
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=Dataset.from_list(rows(8)))
     again = trainer.evaluate(Dataset.from_list(rows(8)))
     assert again["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
@@ -360,12 +368,12 @@ def test_evaluation_of_another_dataset(tmp_path, word_tokenizer):
         ({"prompt": "a"}, r"has the columns \['prompt'\]"),
     ],
 )
-def test_rows_that_cannot_be_learned(tmp_path, word_tokenizer, row, message):
+def test_rows_that_cannot_be_learned(tmp_path, word_tokenizer, row, message, make_trainer):
     with pytest.raises(ValueError, match=message):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([row]))
 
 
-def test_tokenized_rows_and_a_second_text_column(tmp_path, word_tokenizer):
+def test_tokenized_rows_and_a_second_text_column(tmp_path, word_tokenizer, make_trainer):
     tokenized = Dataset.from_list([{"input_ids": list(range(5, 105)), "prompt_length": 3, "example_id": 77}])
     row = make_trainer(tmp_path, word_tokenizer, dataset=tokenized).train_dataset[0]
     assert row == {"input_ids": list(range(5, 69)), "prompt_length": 3, "example_id": 77}
@@ -374,7 +382,7 @@ def test_tokenized_rows_and_a_second_text_column(tmp_path, word_tokenizer):
     assert row["prompt_length"] == 0 and row["input_ids"] == [*word_tokenizer("So it is 3.")["input_ids"], EOS]
 
 
-def test_wrong_types(tmp_path, word_tokenizer):
+def test_wrong_types(tmp_path, word_tokenizer, make_trainer, small_model):
     with pytest.raises(ValueError, match="`args` is a TrainingArguments"):
         MaskedDiffusionTrainer(small_model(), TrainingArguments(str(tmp_path)), processing_class=word_tokenizer)
     with pytest.raises(ValueError, match="`train_dataset` is a list"):

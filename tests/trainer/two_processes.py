@@ -8,35 +8,35 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from datasets import Dataset
+from families import FAMILIES
 from golden import CHECKPOINT
 from peft import LoraConfig
 from test_certainty_forcing_trainer import settings
-from test_masked_diffusion_trainer import rows, small_model
+from test_masked_diffusion_trainer import rows
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoTokenizer
 
-from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingTrainer, generate_trajectories
 
 
-def train(output_dir, tokenizer):
+def train(family, output_dir, tokenizer):
     """Logs of a short run with a global batch of 8."""
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     args = settings(output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=8 // world_size)
     trainer = CertaintyForcingTrainer(
-        small_model(), args, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
+        family.small(), args, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
     )
     trainer.train()
     names = ("loss", "trajectory_loss", "certainty_loss", "mean_entropy")
     return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
-def evaluate(output_dir, tokenizer):
-    """Metrics of the model in the box on five prompts, which two processes cannot share evenly."""
+def evaluate(family, output_dir, tokenizer):
+    """Metrics of a model on five prompts, which two processes cannot share evenly."""
     args = settings(output_dir, eval_decoding_samples=5, eval_max_new_tokens=16, per_device_eval_batch_size=2)
     dataset = Dataset.from_list([{**row, "n": i} for i, row in enumerate(rows(5))])
     trainer = CertaintyForcingTrainer(
-        LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32), args, eval_dataset=dataset,
+        family.small(), args, eval_dataset=dataset,
         processing_class=tokenizer, judge=lambda row: row["n"] % 2 == 0,
     )  # fmt: skip
     metrics = trainer.evaluate()
@@ -44,21 +44,21 @@ def evaluate(output_dir, tokenizer):
     return {name: metrics[f"eval_{name}"] for name in names}
 
 
-def trajectories(output_dir, tokenizer):
-    model = LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+def trajectories(family, output_dir, tokenizer):
+    model = family.small()
     prompts = Dataset.from_list([{"prompt": f"Sam has {i} books. "} for i in range(7)])
     settings = {"max_new_tokens": 8, "batch_size": 1, "shard_size": 2}
     return generate_trajectories(model, tokenizer, prompts, Path(output_dir) / "trajectories", **settings).to_list()
 
 
-def shard(output_dir, tokenizer):
+def shard(family, output_dir, tokenizer):
     """Loss, gradients and decoded tokens of a model sharded by FSDP2, beside those of the whole model."""
-    whole, sharded = small_model(), small_model()
-    for block in sharded.model.transformer.blocks:
+    whole, sharded = family.small(), family.small()
+    for block in sharded.get_submodule(family.blocks):
         fully_shard(block)
     fully_shard(sharded)
     trainer = CertaintyForcingTrainer(
-        small_model(), settings(output_dir), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
+        family.small(), settings(output_dir), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
     )
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
     losses = [trainer.compute_loss(model, batch) for model in (whole, sharded)]
@@ -75,18 +75,18 @@ def shard(output_dir, tokenizer):
     return {"losses": [loss.item() for loss in losses], "gradients": max(differences), "same_tokens": same}
 
 
-def shard_adapter(output_dir, tokenizer):
+def shard_adapter(family, output_dir, tokenizer):
     """What evaluation decodes with an adapter on a model that is sharded by FSDP2, beside the whole one."""
     args = settings(output_dir, eval_decoding_samples=5, eval_max_new_tokens=16)
     dataset = Dataset.from_list(rows(5))
     results = []
     for is_sharded in (False, True):
         trainer = CertaintyForcingTrainer(
-            LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32), args, eval_dataset=dataset,
+            family.small(), args, eval_dataset=dataset,
             processing_class=tokenizer, peft_config=LoraConfig(r=2), judge=lambda row: "5" in row["response"],
         )  # fmt: skip
         if is_sharded:
-            for block in trainer.model.get_base_model().model.transformer.blocks:
+            for block in trainer.model.get_base_model().get_submodule(family.blocks):
                 fully_shard(block)
             fully_shard(trainer.model)
         batch = trainer.data_collator([{**row, "example_id": 0} for row in [trainer.eval_dataset[0]]])
@@ -96,7 +96,7 @@ def shard_adapter(output_dir, tokenizer):
 
 
 if __name__ == "__main__":
-    task, output_dir = sys.argv[1:]
+    task, name, output_dir = sys.argv[1:]
     PartialState(cpu=True)
     result = {
         "train": train,
@@ -104,7 +104,7 @@ if __name__ == "__main__":
         "trajectories": trajectories,
         "shard": shard,
         "shard_adapter": shard_adapter,
-    }[task](output_dir, AutoTokenizer.from_pretrained(CHECKPOINT))
+    }[task](FAMILIES[name], output_dir, AutoTokenizer.from_pretrained(CHECKPOINT))
     name = f"{task}-{os.environ.get('WORLD_SIZE', '1')}-{PartialState().process_index}.json"
     (Path(output_dir) / name).write_text(json.dumps(result))
     PartialState().wait_for_everyone()

@@ -27,6 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
 
+from .block_cache import BlockCache
 from .token_statistics import token_statistics
 from .unmasking import POLICIES, SCHEDULES
 
@@ -39,10 +40,12 @@ DEFAULTS = {
     "eps": 1e-3,
     "unmasking_temperature": 0.0,
     "block_cache": "none",
+    "cache_refresh": "full",
     "stop_at_eos": True,
 }
 DEFAULT_MAX_NEW_TOKENS = 256
-BLOCK_CACHES = ("none",)
+BLOCK_CACHES = ("none", "prefix", "dual")
+CACHE_REFRESHES = ("full", "previous_block")
 # Processors that look at the logits of a position and at nothing else: they take all positions at once.
 POSITIONWISE_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -108,6 +111,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         unmasking_temperature (`float`, defaults to 0): above 0, a scheduled policy draws the positions in proportion
             to softmax(certainty / unmasking_temperature) instead of taking the surest (Dream's `alg_temp`).
         block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
+            `"prefix"` computes the block and what is behind it anew, `"dual"` the block alone; keys and values of the
+            rest are those of an earlier pass (Fast-dLLM, https://arxiv.org/abs/2505.22618).
+        cache_refresh (`str`, defaults to `"full"`): what the first pass of a block computes anew with a cache: the
+            whole canvas, or, with `"previous_block"`, the block just finished along with what the others do.
+        cache_refresh_interval (`int`, *optional*): with a cache, every how many passes of a block compute the whole
+            canvas, its first included; 1 is exact. None: the first alone.
         stop_at_eos (`bool`, defaults to `True`): a row ends once an end-of-text (any of `eos_token_id`) stands with
             nothing masked before it, and everything behind it becomes padding.
         eos_threshold (`float`, *optional*): End-of-Text Prediction (Learn2PD, https://arxiv.org/abs/2509.25188): an
@@ -131,6 +140,8 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.eps = kwargs.pop("eps", None)
         self.unmasking_temperature = kwargs.pop("unmasking_temperature", None)
         self.block_cache = kwargs.pop("block_cache", None)
+        self.cache_refresh = kwargs.pop("cache_refresh", None)
+        self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
         self.stop_at_eos = kwargs.pop("stop_at_eos", None)
         self.eos_threshold = kwargs.pop("eos_threshold", None)
         self.mask_token_id = kwargs.pop("mask_token_id", None)
@@ -152,12 +163,13 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, *args, **kwargs):
         super().validate(*args, **kwargs)
-        positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences")
+        positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
         for name, low in (*((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0)):
             value = getattr(self, name)
             _require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
-        choices = (("unmasking", POLICIES), ("schedule", SCHEDULES), ("block_cache", BLOCK_CACHES))
-        for name, allowed in (*choices, ("stop_at_eos", (True, False))):
+        choices = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
+        choices |= {"cache_refresh": CACHE_REFRESHES, "stop_at_eos": (True, False)}
+        for name, allowed in choices.items():
             value = getattr(self, name)
             _require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
         bounds = {"temperature": math.inf, "unmasking_temperature": math.inf, "max_time": math.inf}
@@ -172,6 +184,11 @@ class DiffusionGenerationConfig(GenerationConfig):
             policy = POLICIES[unmasking]
             ok = _is_number(self.threshold) and policy.allows(self.threshold)
             _require(ok, "threshold", self.threshold, f"a number {policy.range} for `unmasking={unmasking!r}`")
+        if self.cache_refresh_interval is not None and self.cache_refresh == "previous_block":
+            raise ValueError(
+                f"`cache_refresh_interval={self.cache_refresh_interval!r}` refreshes the whole canvas: it needs "
+                f"`cache_refresh='full'`, but that is 'previous_block'."
+            )
         if self.eos_threshold is not None and self.stop_at_eos is False:
             raise ValueError(f"`eos_threshold={self.eos_threshold!r}` needs `stop_at_eos=True`, but it is False.")
         if self.do_sample and self.temperature == 0:
@@ -213,6 +230,7 @@ class Canvas:
     Attributes (B rows, prompts of P and answers of G tokens):
         ids (B, P + G): the canvas; position_ids: the same shape, or None for 0, 1, ...
         attention_mask (B, P + G): 0 at keys nobody attends to, or None.
+        cache: keys and values of the canvas (`BlockCache`), or None.
         undecided (B, G): positions that are still to be written.
         end (B,): length of the answer; G until a row ends earlier.
         reach (B,): part of the answer that takes part in the computation; G unless an end-of-text was predicted.
@@ -232,6 +250,7 @@ class Canvas:
             self.attention_mask = torch.cat((prompt_mask, torch.ones_like(answer)), dim=1)
         if attention_mask is not None:
             self.position_ids = (self.attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+        self.cache = None if config.block_cache == "none" else BlockCache(self.ids.shape[1])
         self.undecided = torch.ones_like(answer, dtype=torch.bool)
         self.end = answer.new_full((batch_size,), self.length)
         self.reach = self.end.clone()
@@ -493,6 +512,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         policy = POLICIES[config.unmasking]
         if policy.is_scheduled and config.threshold is not None:
             logger.warning(f"`threshold` is ignored: `unmasking={config.unmasking!r}` goes by `steps`.")
+        if config.block_cache == "none" and config.cache_refresh_interval is not None:
+            logger.warning("`cache_refresh_interval` is ignored: `block_cache='none'` keeps nothing.")
         for name in ("steps", "unmasking_temperature"):
             if not policy.is_scheduled and getattr(config, name):
                 logger.warning(f"`{name}` is ignored: `unmasking={config.unmasking!r}` goes by `threshold`.")
@@ -556,10 +577,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
         finished, reach, streamed = [0] * canvas.ids.shape[0], canvas.length, 0
         for block, settings in self._blocks(config, generator):
-            is_open = not all(finished)
+            is_open, passes = not all(finished), itertools.count()
             while is_open:
                 self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
-                logits = self._block_logits(canvas, block, max(reach, block.stop), processors)
+                reach = max(reach, block.stop)
+                start, stop = self._computed_span(config, canvas.prompt_length, block, reach, next(passes))
+                logits = self._block_logits(canvas, block, reach, start, stop, processors)
                 statistics = token_statistics(logits, config.mask_token_id, warpers, generator)
                 undecided = canvas.undecided[:, block]
                 canvas.write(
@@ -595,16 +618,36 @@ class DiffusionGenerationMixin(GenerationMixin):
             else:
                 yield block, itertools.repeat({"threshold": config.threshold})
 
-    def _block_logits(self, canvas, block, reach, processors):
-        """Logits (B, K, V) that predict the block's positions, from a pass over the first `reach` of the answer."""
-        stop = canvas.prompt_length + reach
-        positions = torch.arange(block.start, block.stop, device=canvas.ids.device) + canvas.prompt_length
+    def _computed_span(self, config, prompt_length, block, reach, number):
+        """The part of the canvas, as (start, stop), that a block's pass of this number (0, 1, ...) computes anew."""
+        whole, interval = (0, prompt_length + reach), config.cache_refresh_interval
+        if config.block_cache == "none" or (interval and number % interval == 0):
+            return whole
+        start = prompt_length + block.start - self.logits_shift  # from where the block's first token is predicted
+        if number == 0:
+            if block.start == 0 or config.cache_refresh == "full":
+                return whole
+            start -= config.block_length
+        return start, prompt_length + (block.stop if config.block_cache == "dual" else reach)
+
+    def _block_logits(self, canvas, block, reach, start, stop, processors):
+        """Logits (B, K, V) that predict the block's positions, from a pass that computes the canvas from `start` to
+        `stop` and attends to the prompt and the first `reach` of the answer."""
+        seen = canvas.prompt_length + reach
+        positions = torch.arange(start, stop, device=canvas.ids.device)[None]
+        predicting = slice(*(canvas.prompt_length + i - self.logits_shift - start for i in (block.start, block.stop)))
+        arguments = {} if canvas.cache is None else {"past_key_values": canvas.cache.place(start, seen)}
         logits = self(
-            input_ids=canvas.ids[:, :stop],
-            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, :stop],
-            position_ids=None if canvas.position_ids is None else canvas.position_ids[:, :stop],
-            logits_to_keep=positions - self.logits_shift,
+            input_ids=canvas.ids[:, start:stop],
+            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, :seen],
+            position_ids=positions if canvas.position_ids is None else canvas.position_ids[:, start:stop],
+            logits_to_keep=positions[0, predicting] - start,
+            **arguments,
         ).logits
+        if canvas.cache is not None and not canvas.cache.keys:
+            raise ValueError(
+                f"`block_cache` needs a model that keeps `past_key_values`: {type(self).__name__} does not."
+            )
         if not processors:
             return logits
         if all(isinstance(processor, POSITIONWISE_PROCESSORS) for processor in processors):

@@ -47,6 +47,12 @@ def llada_gqa():
     return LLaDAModelLM.from_pretrained(FIXTURES / "llada_tiny_gqa").eval()
 
 
+@pytest.fixture(scope="session")
+def models(llada_gqa):
+    """The golden models by the names of their files."""
+    return {"llada_tiny_gqa": llada_gqa, **{f"{name}_tiny": family.load() for name, family in FAMILIES.items()}}
+
+
 @pytest.fixture
 def prompt():
     return torch.randint(0, 317, (1, 9), generator=torch.Generator().manual_seed(0))

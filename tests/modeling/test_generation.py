@@ -52,11 +52,6 @@ def settings_of(case):
     return settings | {"threshold": case["factor"] if case["family"] == "factor" else case["threshold"]}
 
 
-@pytest.fixture(scope="session")
-def models(llada_gqa):
-    return {"llada_tiny_gqa": llada_gqa, **{f"{name}_tiny": family.load() for name, family in FAMILIES.items()}}
-
-
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_published_tokens_and_passes(models, name, case):
     ids, fill_step = golden(name, case)
@@ -591,6 +586,8 @@ def test_ignored_numbers_are_mentioned(model, prompt, caplog):
     for settings, name in (
         ({"unmasking": "confidence_threshold", "steps": 4}, "steps"),
         ({"unmasking": "confidence", "threshold": 0.5}, "threshold"),
+        ({"unmasking": "confidence_threshold", "unmasking_temperature": 0.5}, "unmasking_temperature"),
+        ({"cache_refresh_interval": 2}, "cache_refresh_interval"),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -651,7 +648,9 @@ BAD = {
     "eps": (0.0, 1.0, -0.1, "x"),
     "unmasking_temperature": (-0.5, "hot"),
     "schedule": ("cosine",),
-    "block_cache": ("dual", "yes"),
+    "block_cache": ("static", "yes"),
+    "cache_refresh": ("half",),
+    "cache_refresh_interval": (0, 1.5),
     "stop_at_eos": ("yes",),
     "eos_threshold": (-0.5, 1.5),
     "mask_token_id": (-1, 320, "x"),
@@ -720,6 +719,10 @@ def bad_inputs():
         "end without eos": ({"inputs": ids, "eos_threshold": 0.5, "eos_token_id": None}, "eos_threshold"),
         "entropy below 0": ({"inputs": ids, "unmasking": "entropy_threshold", "threshold": -1}, "threshold"),
         "factor of 0": ({"inputs": ids, "unmasking": "confidence_factor", "threshold": 0}, "above 0"),
+        "two refreshes": (
+            {"inputs": ids, "cache_refresh": "previous_block", "cache_refresh_interval": 2},
+            "cache_refresh_interval=2` refreshes the whole canvas",
+        ),
         "no padding": ({"inputs": ids, "eos_token_id": None, "pad_token_id": None, "max_time": 9.0}, "pad_token_id"),
     }
 

@@ -140,13 +140,13 @@ def test_model_in_the_box_solves_a_problem(word_model, word_tokenizer, inputs):
         assert "The answer is 20." in word_tokenizer.decode(ids[0])
 
 
-def test_student_in_the_box_needs_a_fraction_of_the_passes(word_model, word_tokenizer):
+def test_student_in_the_box_needs_few_passes():
+    """The teacher needs 74 for these at one token a pass."""
     student = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32).eval()
-    problems = list(itertools.islice(generate_problems("test", 16, TEST_SEED), 16))
     tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
-    fast = evaluate(student, tokenizer, problems, "student")
-    slow = evaluate(word_model, tokenizer, problems, "teacher", unmasking="confidence", steps=128)
-    assert fast.accuracy >= slow.accuracy - 0.07 and fast.nfe < slow.nfe / 10
+    problems = list(itertools.islice(generate_problems("test", 12, TEST_SEED), 12))
+    result = evaluate(student, tokenizer, problems, "student", batch_size=4)
+    assert sum(result.correct) >= 11 and result.nfe < 7
 
 
 def test_pipeline(reader, word_tokenizer, inputs):

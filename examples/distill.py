@@ -87,7 +87,7 @@ def main():
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 
     merged = Path(config.output_dir) / "merged"
-    trainer.model.generation_config.update(**config.decoding)
+    trainer.model.generation_config.update(**trainer.args.decoding)
     trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
     unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
     if model_arguments.use_peft and trainer.accelerator.is_main_process:
@@ -97,7 +97,7 @@ def main():
             merged,
             trainer.processing_class,
             model_init_kwargs=config.model_init_kwargs,
-            **config.decoding,
+            **trainer.args.decoding,
         )
     trainer.accelerator.wait_for_everyone()
 

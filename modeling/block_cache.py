@@ -39,6 +39,11 @@ class BlockCache(Cache):
             kept.append(states if (first, last) == (0, self.stop) else layers[layer_idx][:, :, : self.stop])
         return tuple(kept)
 
+    def select_rows(self, rows):
+        """Keep these rows of the batch (a tensor of their numbers) alone."""
+        for layers in (self.keys, self.values):
+            layers[:] = [states[rows.to(states.device)] for states in layers]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.start
 

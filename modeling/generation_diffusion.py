@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria
 from transformers.generation import (
     LogitsProcessorList,
     StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -44,10 +45,13 @@ DEFAULTS = {
     "stop_at_eos": True,
 }
 DEFAULT_MAX_NEW_TOKENS = 256
+LEAVING_SHARE = 0.25  # ended rows leave the batch before a block once they are so many of it
 BLOCK_CACHES = ("none", "prefix", "dual")
 CACHE_REFRESHES = ("full", "previous_block")
 # Processors that look at the logits of a position and at nothing else: they take all positions at once.
-POSITIONWISE_PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+POSITIONWISE_PROCESSORS = (
+    SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
+)  # fmt: skip
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of GenerationConfig that only have a meaning when tokens come one after the other.
 AUTOREGRESSIVE_FIELDS = (
@@ -59,7 +63,7 @@ AUTOREGRESSIVE_FIELDS = (
 ).split()
 
 
-def _require(condition, name, value, allowed):
+def require(condition, name, value, allowed):
     if not condition:
         raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
 
@@ -74,7 +78,7 @@ def _sequence_biases(config):
     return list(biases.items()) if isinstance(biases, dict) else biases
 
 
-def _is_number(value):
+def is_number(value):
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
@@ -132,6 +136,8 @@ class DiffusionGenerationConfig(GenerationConfig):
     def __init__(self, **kwargs):
         # A flag that transformers saves in the file and that makes it drop every field it does not know.
         kwargs.pop("_from_model_config", None)
+        if kwargs.get("temperature") == 0 and not kwargs.get("do_sample"):
+            kwargs["temperature"] = None  # as the official Dream code saves it: another way to say greedy
         self.block_length = kwargs.pop("block_length", None)
         self.unmasking = kwargs.pop("unmasking", None)
         self.threshold = kwargs.pop("threshold", None)
@@ -166,24 +172,24 @@ class DiffusionGenerationConfig(GenerationConfig):
         positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
         for name, low in (*((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0)):
             value = getattr(self, name)
-            _require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
+            require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
         choices = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
         choices |= {"cache_refresh": CACHE_REFRESHES, "stop_at_eos": (True, False)}
         for name, allowed in choices.items():
             value = getattr(self, name)
-            _require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
+            require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
         bounds = {"temperature": math.inf, "unmasking_temperature": math.inf, "max_time": math.inf}
         for name, high in (bounds | {"top_p": 1.0, "eos_threshold": 1.0}).items():
             value = getattr(self, name)
-            ok = value is None or (_is_number(value) and 0.0 <= value <= high)
-            _require(ok, name, value, f"a number from 0 to {high:g}")
-        ok = self.eps is None or (_is_number(self.eps) and 0.0 < self.eps < 1.0)
-        _require(ok, "eps", self.eps, "a number between 0 and 1")
+            ok = value is None or (is_number(value) and 0.0 <= value <= high)
+            require(ok, name, value, f"a number from 0 to {high:g}")
+        ok = self.eps is None or (is_number(self.eps) and 0.0 < self.eps < 1.0)
+        require(ok, "eps", self.eps, "a number between 0 and 1")
         if self.threshold is not None:
             unmasking = self.unmasking or DEFAULTS["unmasking"]
             policy = POLICIES[unmasking]
-            ok = _is_number(self.threshold) and policy.allows(self.threshold)
-            _require(ok, "threshold", self.threshold, f"a number {policy.range} for `unmasking={unmasking!r}`")
+            ok = is_number(self.threshold) and policy.allows(self.threshold)
+            require(ok, "threshold", self.threshold, f"a number {policy.range} for `unmasking={unmasking!r}`")
         if self.cache_refresh_interval is not None and self.cache_refresh == "previous_block":
             raise ValueError(
                 f"`cache_refresh_interval={self.cache_refresh_interval!r}` refreshes the whole canvas: it needs "
@@ -223,6 +229,11 @@ class DiffusionGenerationOutput(ModelOutput):
         return (self.tokens_per_forward * self.num_forward_passes).round().long()
 
 
+# What a Canvas holds for each row, and what of it is left when the row has ended.
+ROW_RESULTS = ("ids", "end", "num_passes", "unmasking_step", "unmasking_confidence")
+ROW_STATE = (*ROW_RESULTS, "attention_mask", "position_ids", "undecided", "reach", "finished")
+
+
 class Canvas:
     """The state of one decoding. Tensors stay on the device; `look` brings the little that the loop decides by to the
     host, once a step.
@@ -236,6 +247,7 @@ class Canvas:
         reach (B,): part of the answer that takes part in the computation; G unless an end-of-text was predicted.
         finished (B,): the row has ended.
         num_passes (B,), unmasking_step (B, G), unmasking_confidence (B, G): see DiffusionGenerationOutput.
+        rows (B,): the numbers of these rows in the whole batch.
     """
 
     def __init__(self, input_ids, attention_mask, config):
@@ -258,6 +270,8 @@ class Canvas:
         self.num_passes = torch.zeros_like(self.end)
         self.unmasking_step = torch.full_like(answer, -1)
         self.unmasking_confidence = torch.zeros_like(answer, dtype=torch.float32)
+        self.rows = torch.arange(batch_size, device=answer.device)
+        self.left = []
 
     @property
     def answer(self):
@@ -315,6 +329,25 @@ class Canvas:
         unfinished_reach = (length for length, ended in zip(reach, finished, strict=True) if not ended)
         return any(is_open), finished, decided, max(unfinished_reach, default=0)
 
+    def let_leave(self, finished):
+        """Go on without the rows that have ended (a list of bool), until `reunite`."""
+        for_good = torch.tensor(finished, device=self.ids.device).bool()
+        gone, staying = for_good.nonzero()[:, 0], (~for_good).nonzero()[:, 0]
+        self.left.append((self.rows[gone], {name: getattr(self, name)[gone] for name in ROW_RESULTS}))
+        self.rows = self.rows[staying]
+        for name in ROW_STATE:
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name)[staying])
+        if self.cache is not None:
+            self.cache.select_rows(staying)
+
+    def reunite(self):
+        """Bring the results of all rows together again."""
+        order = torch.cat([*(rows for rows, _ in self.left), self.rows]).argsort()
+        for name in ROW_RESULTS:
+            parts = [*(results[name] for _, results in self.left), getattr(self, name)]
+            setattr(self, name, torch.cat(parts)[order])
+
 
 class DiffusionGenerationMixin(GenerationMixin):
     """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
@@ -361,7 +394,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             if "max_length" in layer:
                 settings["max_new_tokens"] = None
             settings.update(layer)
-        settings.update({name: None for name, value in arguments.items() if value is None})
+        settings.update({name: DEFAULTS.get(name) for name, value in arguments.items() if value is None})
         return DiffusionGenerationConfig(**settings), {k: v for k, v in kwargs.items() if k not in fields}
 
     def _check_config(self, config, model_kwargs):
@@ -391,16 +424,16 @@ class DiffusionGenerationMixin(GenerationMixin):
         allowed = f"an id of the vocabulary, 0 to {vocab_size - 1}"
         ids = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
         for name, value in (("mask_token_id", config.mask_token_id), ("pad_token_id", config.pad_token_id)):
-            _require(value is None or (_is_int(value, 0) and value < vocab_size), name, value, allowed)
-        _require(config.mask_token_id is not None, "mask_token_id", None, f"set, to {allowed}")
+            require(value is None or (_is_int(value, 0) and value < vocab_size), name, value, allowed)
+        require(config.mask_token_id is not None, "mask_token_id", None, f"set, to {allowed}")
         for value in ids:
             ok = value is None or (_is_int(value, 0) and value < vocab_size and value != config.mask_token_id)
             wanted = f"{allowed}, other than `mask_token_id`, or a list of those"
-            _require(ok, "eos_token_id", config.eos_token_id, wanted)
+            require(ok, "eos_token_id", config.eos_token_id, wanted)
         ok = config.pad_token_id != config.mask_token_id
-        _require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
+        require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
         ok = config.eos_threshold is None or config.eos_token_id is not None
-        _require(ok, "eos_threshold", config.eos_threshold, "None where no `eos_token_id` is known")
+        require(ok, "eos_threshold", config.eos_threshold, "None where no `eos_token_id` is known")
 
     def _check_inputs(self, inputs, config, model_kwargs):
         """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
@@ -451,7 +484,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             else:
                 config.max_new_tokens = config.max_length - prompt_length
                 allowed = f"above the prompt length, {prompt_length}"
-                _require(config.max_new_tokens > 0, "max_length", config.max_length, allowed)
+                require(config.max_new_tokens > 0, "max_length", config.max_length, allowed)
         config.max_length = prompt_length + config.max_new_tokens
         if config.max_length > limit:
             raise ValueError(
@@ -474,8 +507,8 @@ class DiffusionGenerationMixin(GenerationMixin):
     ) -> torch.LongTensor | DiffusionGenerationOutput:
         """Decode answers to a batch of prompts, several tokens per forward pass.
 
-        A row's answer and NFE do not depend on the other rows, up to the rounding of floating-point sums (sampling and
-        `unmasking="random"` aside).
+        A row's answer and NFE do not depend on the other rows, up to the rounding of floating-point sums and where
+        something is drawn.
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`.
@@ -493,8 +526,9 @@ class DiffusionGenerationMixin(GenerationMixin):
                 stopping criteria: as blocks are completed), and, where it has `put_draft`, the rest of the block after
                 every pass. Batch size 1 only.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): needed for `stop_strings`.
-            generator (`torch.Generator`, *optional*): on the model's device; randomness of sampling and of
-                `unmasking="random"`. PyTorch's global one if unset.
+            generator (`torch.Generator`, *optional*): on the model's device, for all that is drawn: tokens, and
+                positions by `unmasking="random"`, `schedule="ancestral"` and `unmasking_temperature`. PyTorch's
+                global one if unset.
             kwargs: `attention_mask` (B, P), 0 at padding, and any field of `DiffusionGenerationConfig`.
 
         Returns:
@@ -525,7 +559,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
         synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
         ok = generator is None or isinstance(generator, torch.Generator)
-        _require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
+        require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
 
         self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
         input_ids, model_kwargs = self._expand_inputs_for_generation(
@@ -576,7 +610,12 @@ class DiffusionGenerationMixin(GenerationMixin):
         clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
         finished, reach, streamed = [0] * canvas.ids.shape[0], canvas.length, 0
+        # What a user gave may count on the rows that it was given with.
+        rows_may_leave = not criteria and all(type(each) in POSITIONWISE_PROCESSORS for each in processors)
         for block, settings in self._blocks(config, generator):
+            if rows_may_leave and not all(finished) and sum(finished) >= LEAVING_SHARE * len(finished):
+                canvas.let_leave(finished)
+                finished = [0] * canvas.ids.shape[0]
             is_open, passes = not all(finished), itertools.count()
             while is_open:
                 self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
@@ -604,6 +643,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                         streamed = stop
                     if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
                         streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
+        canvas.reunite()
 
     def _blocks(self, config, generator):
         """Each block of the answer, with what the policy is told in each of its steps."""
@@ -650,7 +690,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             )
         if not processors:
             return logits
-        if all(isinstance(processor, POSITIONWISE_PROCESSORS) for processor in processors):
+        if all(type(processor) in POSITIONWISE_PROCESSORS for processor in processors):
             return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
         ids, first = canvas.ids, canvas.prompt_length + block.start
         if canvas.position_ids is not None:

@@ -11,13 +11,26 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import Qwen2Model, Qwen2PreTrainedModel
-from transformers.generation import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers.generation import (
+    LogitsProcessorList,
+    SuppressTokensLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import can_return_tuple
 
 from .configuration_dream import DreamConfig
-from .generation_diffusion import DiffusionGenerationMixin, DiffusionGenerationOutput, select_positions
+from .generation_diffusion import (
+    DiffusionGenerationMixin,
+    DiffusionGenerationOutput,
+    is_number,
+    require,
+    select_positions,
+)
 
 # `alg` of the official `diffusion_generate`, as policy and schedule.
 ALGORITHMS = {
@@ -26,6 +39,31 @@ ALGORITHMS = {
     "topk_margin": ("margin", "linear_time"),
     "entropy": ("entropy", "linear_time"),
 }
+# What else it takes that `generate` does not, or means otherwise, with the official defaults.
+OFFICIAL_DEFAULTS = {
+    "alg": "origin",
+    "alg_temp": None,
+    "steps": 512,
+    "eps": 1e-3,
+    "temperature": 0.0,
+    "top_p": None,
+    "top_k": None,
+    "output_history": False,
+    "return_dict_in_generate": False,
+}
+
+
+class DreamRotaryEmbedding(Qwen2RotaryEmbedding):
+    """Qwen2's, whose frequencies stay in float32 when the model is cast: rounded, they misplace far positions."""
+
+    def _apply(self, fn, recurse=True):
+        names = ("inv_freq", "original_inv_freq")
+        before = [getattr(self, name) for name in names]
+        super()._apply(fn, recurse)
+        for name, frequencies in zip(names, before, strict=True):
+            if not frequencies.is_meta:
+                setattr(self, name, frequencies.to(getattr(self, name).device))
+        return self
 
 
 class DreamBaseModel(Qwen2Model):
@@ -34,11 +72,13 @@ class DreamBaseModel(Qwen2Model):
     config_class = DreamConfig
 
     def __init__(self, config: DreamConfig):
+        # Padding is end-of-text, whose embedding is learned like any other: Qwen2 would leave it out.
+        pad_token_id, config.pad_token_id = config.pad_token_id, None
         super().__init__(config)
+        config.pad_token_id = pad_token_id
+        self.rotary_emb = DreamRotaryEmbedding(config)
         for layer in self.layers:
             layer.self_attn.is_causal = False  # read by transformers' attention functions
-        # Padding is end-of-text, whose embedding is learned like any other.
-        self.embed_tokens.padding_idx = None
 
     def forward(
         self,
@@ -132,96 +172,116 @@ class DreamModel(DiffusionGenerationMixin, Qwen2PreTrainedModel):
             attentions=outputs.attentions,
         )
 
+    def adjust_generation_fn(self, *args, **kwargs):
+        super().adjust_generation_fn(*args, **kwargs)
+        config = self.generation_config
+        if hasattr(config, "alg"):  # saved by the official code: its numbers are not for `generate`
+            names = [name for name in OFFICIAL_DEFAULTS if hasattr(config, name)]
+            config.diffusion_generate = {name: getattr(config, name) for name in names}
+            for name in names:
+                setattr(config, name, None)
+            del config.alg
+
     def diffusion_generate(
-        self,
-        inputs: torch.LongTensor | None = None,
-        generation_config=None,
-        *,
-        alg: str = "origin",
-        alg_temp: float | None = None,
-        steps: int = 512,
-        eps: float = 1e-3,
-        temperature: float = 0.0,
-        top_p: float | None = None,
-        top_k: int | None = None,
-        output_history: bool = False,
-        return_dict_in_generate: bool = False,
-        generation_tokens_hook_func=None,
-        generation_logits_hook_func=None,
-        **kwargs,
+        self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs
     ) -> "torch.LongTensor | DreamModelOutput":
-        """Deprecated: Dream's own name for decoding the answer as one block. Arguments and, at temperature 0, tokens
-        are those of the official code (https://github.com/DreamLM/Dream); `generate()` does the work.
+        """Deprecated: Dream's own name for decoding the answer as one block. Arguments and, in float32 at temperature
+        0, tokens are those of the official code (https://github.com/DreamLM/Dream); `generate()` does the work.
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`.
-            generation_config (`GenerationConfig`, *optional*): for what is not an argument here.
-            alg (`str`, defaults to `"origin"`): which tokens a step writes: `"origin"` (any), `"maskgit_plus"` (the
-                most probable), `"topk_margin"`, `"entropy"`.
+            generation_config (`GenerationConfig`, *optional*): may hold any of the following; arguments take
+                precedence over it, and it over the checkpoint's.
+            alg (`str`, defaults to `"origin"`): which tokens a pass writes: `"origin"` (each with the schedule's
+                probability, as many in all rows of a batch), `"maskgit_plus"` (the most probable), `"topk_margin"`,
+                `"entropy"`.
             alg_temp (`float`, *optional*): above 0, draw them instead of taking the surest. `"origin"` ignores it.
             steps (`int`, defaults to 512): forward passes; those that would write nothing are not made.
             eps (`float`, defaults to 1e-3): where the time of the schedule ends.
-            temperature, top_p, top_k: of the distribution that tokens are drawn from and certainty is measured on;
-                at temperature 0 the likeliest token is taken.
+            temperature (`float`, defaults to 0), top_p (`float`, *optional*), top_k (`int`, *optional*): of the
+                distribution that tokens are drawn from and, unlike in `generate()`, certainty is measured on; at
+                temperature 0 the likeliest token is taken. Top-p and top-k leave `[MASK]` out of account.
             output_history (`bool`, defaults to `False`): return the canvas after each pass.
             return_dict_in_generate (`bool`, defaults to `False`): return a `DreamModelOutput`.
-            generation_tokens_hook_func, generation_logits_hook_func: refused.
-            kwargs: as for `generate()`: `attention_mask`, `max_new_tokens`, `generator`, ...
+            kwargs: `attention_mask`, `max_new_tokens`, `generator` and what else `generate()` takes beside policy,
+                blocks and sampling. The official hooks are refused.
 
         Raises:
             ValueError: for a wrong argument, before any computation.
         """
-        for name, hook in (("tokens", generation_tokens_hook_func), ("logits", generation_logits_hook_func)):
-            if hook is not None:
+        for name in ("generation_tokens_hook_func", "generation_logits_hook_func"):
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(
-                    f"`generation_{name}_hook_func` is not supported: use `streamer` (with `put_draft`) to watch and "
-                    f"`logits_processor` to steer."
+                    f"`{name}` is not supported: use `streamer` (with `put_draft`) to watch and `logits_processor` to "
+                    f"steer."
                 )
-        if alg not in ALGORITHMS:
-            raise ValueError(f"`alg={alg!r}` is not allowed: it must be one of {', '.join(map(repr, ALGORITHMS))}.")
-        for name, value in (("alg_temp", alg_temp), ("temperature", temperature)):
-            if value is not None and not value >= 0:
-                raise ValueError(f"`{name}={value!r}` is not allowed: it must be a number of at least 0.")
-        unmasking, schedule = ALGORITHMS[alg]
+        official = dict(OFFICIAL_DEFAULTS)
+        for layer in (getattr(self.generation_config, "diffusion_generate", {}), vars(generation_config or object)):
+            official.update({name: layer[name] for name in official if layer.get(name) is not None})
+        official.update({name: kwargs.pop(name) for name in OFFICIAL_DEFAULTS if kwargs.get(name) is not None})
+        kwargs = {name: value for name, value in kwargs.items() if name not in official}
+        alg, temperature = official["alg"], official["temperature"]
+        require(alg in ALGORITHMS, "alg", alg, f"one of {', '.join(map(repr, ALGORITHMS))}")
+        for name in ("alg_temp", "temperature"):
+            value = official[name]
+            require(value is None or (is_number(value) and value >= 0), name, value, "a number of at least 0")
+        settings = {
+            "unmasking": ALGORITHMS[alg][0],
+            "schedule": ALGORITHMS[alg][1],
+            "steps": official["steps"],
+            "eps": official["eps"],
+            "unmasking_temperature": 0.0 if alg == "origin" else official["alg_temp"] or 0.0,
+            "block_length": self.config.max_position_embeddings,
+            "stop_at_eos": False,
+            "do_sample": temperature > 0,
+        }
+        if temperature:
+            settings |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # what is drawn from is warped already
+        if double := settings.keys() & kwargs.keys():
+            raise ValueError(f"{sorted(double)} are settled by `alg` here: call `generate()` to choose them.")
         warnings.warn(
-            f"`diffusion_generate` is deprecated: say `generate(unmasking={unmasking!r}, schedule={schedule!r}, "
-            f"steps={steps}, block_length=..., stop_at_eos=False)`, or try a thresholded policy, which is faster.",
+            "`diffusion_generate` is deprecated: say `generate("
+            + ", ".join(f"{name}={settings[name]!r}" for name in ("unmasking", "schedule", "steps"))
+            + ", stop_at_eos=False, block_length=...)`, or try a thresholded policy, which is faster.",
             FutureWarning,
             stacklevel=2,
         )
-        processors = LogitsProcessorList(kwargs.pop("logits_processor", None) or [])
-        if temperature:
-            processors.append(TemperatureLogitsWarper(float(temperature)))
-        if top_p is not None and top_p < 1:
-            processors.append(TopPLogitsWarper(top_p))
-        if top_k is not None:
-            processors.append(TopKLogitsWarper(top_k))
-        sampling = {"do_sample": bool(temperature), "temperature": 1.0, "top_p": 1.0, "top_k": 0}
         output = self.generate(
             inputs,
             generation_config,
-            logits_processor=processors,
-            unmasking=unmasking,
-            schedule=schedule,
-            steps=steps,
-            eps=eps,
-            unmasking_temperature=0.0 if alg == "origin" else alg_temp or 0.0,
-            block_length=self.config.max_position_embeddings,
-            stop_at_eos=False,
+            logits_processor=[*(kwargs.pop("logits_processor", None) or []), *self._warpers(official)],
             return_dict_in_generate=True,
-            **sampling,
+            **settings,
             **kwargs,
         )
-        if not return_dict_in_generate:
+        if not official["return_dict_in_generate"]:
             return output.sequences
-        return DreamModelOutput(**output, history=self._history(output) if output_history else None)
+        return DreamModelOutput(**output, history=self._history(output) if official["output_history"] else None)
+
+    def _warpers(self, official):
+        """Temperature, top-p and top-k in the official order."""
+        warpers, (temperature, top_p, top_k) = (
+            LogitsProcessorList(),
+            map(official.get, ("temperature", "top_p", "top_k")),
+        )
+        if temperature:
+            warpers.append(TemperatureLogitsWarper(float(temperature)))
+        if top_p is not None or top_k is not None:
+            # Else nothing may be left but [MASK].
+            warpers.append(SuppressTokensLogitsProcessor([self.config.mask_token_id]))
+        if top_p is not None:
+            require(is_number(top_p) and 0 < top_p <= 1, "top_p", top_p, "a number above 0 and at most 1")
+            warpers.append(TopPLogitsWarper(float(top_p)))
+        if top_k is not None:
+            warpers.append(TopKLogitsWarper(top_k))
+        return warpers
 
     def _history(self, output):
         """The canvas after each pass."""
         start = output.sequences.shape[1] - output.unmasking_step.shape[1]
         prompt, answer = output.sequences[:, :start], output.sequences[:, start:]
-        mask, passes = self.config.mask_token_id, range(int(output.num_forward_passes.max()))
-        answers = (answer.masked_fill(output.unmasking_step > last, mask) for last in passes)
+        written, passes = output.unmasking_step, range(int(output.num_forward_passes.max()))
+        answers = (answer.masked_fill((written > last) | (written < 0), self.config.mask_token_id) for last in passes)
         return tuple(torch.cat((prompt, answer), dim=1) for answer in answers)
 
 

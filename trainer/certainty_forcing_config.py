@@ -1,34 +1,39 @@
 """Arguments of CertaintyForcingTrainer."""
 
+import copy
 from dataclasses import dataclass, field
+
+from accelerate.logging import get_logger
 
 from dparallel.modeling import POLICIES
 
 from .masked_diffusion_config import MaskedDiffusionConfig
 
+logger = get_logger(__name__)
+
 MASKINGS = ("block", "response", "trajectory")
 # What dParallel published for each family, by the model's `model_type`.
 PUBLISHED = {
-    "llada": {"masking": "block", "certainty_weight": 2.0, "max_length": 384},
-    "Dream": {"masking": "response", "certainty_weight": 1.0, "response_length": 256},
+    "llada": {"masking": "block", "certainty_weight": 2.0, "max_length": 384, "response_length": None},
+    "Dream": {"masking": "response", "certainty_weight": 1.0, "max_length": None, "response_length": 256},
 }
 
 
 @dataclass
 class CertaintyForcingConfig(MaskedDiffusionConfig):
     """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. The defaults are what dParallel
-    published; where that depends on the model's family they are None, and the trainer puts in the family's
-    (`PUBLISHED`; LLaDA's for families that are not there). For the length of the training see the README's recipes.
+    published; what depends on the model's family is left open, and the trainer takes the family's (`PUBLISHED`;
+    LLaDA's for families that are not there). For the length of the training see the README's recipes.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
 
     max_length: int | None = field(
-        default=None,
+        default=0,
         metadata={
-            "help": "Tokens of prompt and response together, as in MaskedDiffusionConfig. Where neither this nor "
-            "`response_length` is given: 384 in all for LLaDA, 256 for the response for Dream."
+            "help": "Tokens of prompt and response together, as in MaskedDiffusionConfig. 0: the lengths of the "
+            "family, 384 for both together (LLaDA), or 256 for the response alone (Dream)."
         },
     )
     masking: str | None = field(
@@ -110,12 +115,16 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
             self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens"
         )
 
-    def complete(self, model_type):
-        for name, value in PUBLISHED.get(model_type, PUBLISHED["llada"]).items():
-            # One length is enough.
-            settings = ("max_length", "response_length") if name.endswith("_length") else (name,)
-            if all(getattr(self, setting) is None for setting in settings):
-                setattr(self, name, value)
+    def completed(self, model_type):
+        settled, family = copy.copy(self), PUBLISHED.get(model_type, PUBLISHED["llada"])
+        for name in ("masking", "certainty_weight", *(("response_length",) if self.max_length == 0 else ())):
+            if getattr(self, name) is None:
+                setattr(settled, name, family[name])
+        if self.max_length == 0:
+            settled.max_length = family["max_length"]
+        if model_type not in PUBLISHED and vars(settled) != vars(self):
+            logger.warning(f"Nothing was published for the model type {model_type!r}: LLaDA's settings are used.")
+        return settled
 
     @property
     def decoding(self) -> dict:

@@ -64,14 +64,16 @@ class MaskedDiffusionConfig(TrainingArguments):
 
     def __post_init__(self):
         for name in ("max_length", "response_length", "block_length", "pad_to_multiple_of"):
-            value = getattr(self, name)
-            self._require(value is None or value >= 1, name, "at least 1, or None")
+            value, is_left_open = getattr(self, name), type(self).__dataclass_fields__[name].default == 0
+            self._require(value is None or value >= 1 or (value == 0 and is_left_open), name, "at least 1, or None")
         allowed = f"one of {', '.join(map(repr, LOSS_WEIGHTINGS))}"
         self._require(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", allowed)
         super().__post_init__()
 
-    def complete(self, model_type: str):
-        """Settle what was left open and depends on the model's family: here nothing. The trainer calls it."""
+    def completed(self, model_type: str) -> "MaskedDiffusionConfig":
+        """A copy in which everything is settled that was left open and depends on the model's family; here nothing is.
+        The trainer works with it."""
+        return self
 
     def _require(self, condition, name, allowed):
         if not condition:

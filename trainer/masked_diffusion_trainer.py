@@ -107,7 +107,7 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
-        args.complete(model.config.model_type)
+        args = args.completed(model.config.model_type)
         if processing_class is None:
             source = {
                 k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
@@ -209,9 +209,10 @@ class MaskedDiffusionTrainer(Trainer):
             )
         share = padding_share(kept.select(range(min(len(kept), 1000))), processing_class.eos_token_id)
         if share > 2 / 3:
+            setting = "max_length" if args.response_length is None else "response_length"
             logger.warning(
-                f"`{name}`: {share:.0%} of what is learned is end-of-text behind the answers. Lower `response_length` "
-                f"or `max_length={args.max_length}` to learn more of the answers in the same time."
+                f"`{name}`: {share:.0%} of what is learned is end-of-text behind the answers. Lower "
+                f"`{setting}={getattr(args, setting)}` to learn more of the answers in the same time."
             )
         return kept
 

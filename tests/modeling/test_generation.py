@@ -1,5 +1,6 @@
 """generate(): the published tokens and passes, and the contract with a transformers user."""
 
+import copy
 import logging
 import socket
 from itertools import pairwise
@@ -17,7 +18,7 @@ from transformers import (
     TextDiffusionStreamer,
     set_seed,
 )
-from transformers.generation import LogitsProcessor, StoppingCriteria
+from transformers.generation import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from dparallel.modeling import POLICIES, DiffusionGenerationConfig, DiffusionGenerationMixin
@@ -263,6 +264,34 @@ def test_only_the_block_goes_through_the_head(model, prompt):
     assert shapes == [(1, 8, 320)] * 4 + [(1, 4, 320)]  # 5 steps over 3 blocks: 2, 2, 1
 
 
+@pytest.mark.parametrize(
+    "cache", [{}, {"block_cache": "dual", "cache_refresh": "previous_block"}], ids=["none", "dual"]
+)
+def test_ended_rows_leave_the_batch(model, prompt, cache):
+    """At the next block, and what is returned is in the order of the prompts; with a user's criteria all rows stay."""
+    ids = torch.cat([prompt.roll(i, 1) for i in range(6)])
+    settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence", "steps": 24, **cache}
+    full = model.generate(ids, stop_at_eos=False, **settings)[:, 9:]
+    # The token that ends some rows in the first block, and not all.
+    ending = next(t for t in full[:, :8].unique().tolist() if 2 <= (full[:, :8] == t).any(dim=1).sum() <= 4)
+    ends = (full[:, :8] == ending).any(dim=1)
+    shapes, settings = [], settings | {"eos_token_id": ending, "pad_token_id": EOS, "return_dict_in_generate": True}
+    hook = model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    try:
+        output = model.generate(ids, **settings)
+        assert shapes[:8] == [6] * 8 and shapes[8] == 6 - ends.sum() and output.sequences.shape == (6, 33)
+        shapes.clear()
+        stayed = model.generate(ids, stopping_criteria=[StopAt([500] * 6)], **settings)
+        assert set(shapes) == {6}
+    finally:
+        hook.remove()
+    for name in ("sequences", "num_forward_passes", "unmasking_step", "tokens_per_forward"):
+        assert torch.equal(output[name], stayed[name])
+    assert torch.equal((output.sequences[:, 9:] == ending).any(dim=1) & (output.num_forward_passes <= 8), ends)
+
+
 def test_one_look_at_the_device_per_pass(model, prompt, monkeypatch):
     """The loop reads from the device once a pass. On a CPU every read is a `tolist`, `item` or `bool` of a tensor."""
     reads, passes = [], []
@@ -408,6 +437,29 @@ def test_logits_processors_see_what_autoregressive_ones_see(model, prompt):
     bad_words = [[token] for token in banned.tolist()]
     assert torch.equal(model.generate(prompt, bad_words_ids=bad_words, **settings), output)
     assert torch.equal(model.generate(prompt, suppress_tokens=banned.tolist(), **settings), output)
+
+
+def test_processors_of_single_positions_take_all_at_once(model, prompt):
+    """With the result of one column after the other, also in bfloat16."""
+
+    class Column(TemperatureLogitsWarper):
+        """Of another type, it is called for each column."""
+
+    settings = {"max_new_tokens": 12, "block_length": 6, "unmasking": "entropy_threshold", "threshold": 1.0}
+    settings["return_dict_in_generate"] = True
+    for decoder in (model, copy.deepcopy(model).bfloat16()):
+        together, apart = (
+            decoder.generate(prompt, logits_processor=[warper(0.7), TopKLogitsWarper(50)], **settings)
+            for warper in (TemperatureLogitsWarper, Column)
+        )
+        assert torch.equal(together.sequences, apart.sequences)
+        torch.testing.assert_close(together.unmasking_confidence, apart.unmasking_confidence)
+
+
+def test_none_means_the_default(model, prompt):
+    settings = {"max_new_tokens": 8, "unmasking": "entropy", "schedule": "linear_time", "steps": 4}
+    expected = model.generate(prompt, **settings)
+    assert torch.equal(model.generate(prompt, eps=None, block_length=None, stop_at_eos=None, **settings), expected)
 
 
 def test_min_new_tokens_holds_off_the_end(model, prompt):

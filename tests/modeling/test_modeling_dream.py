@@ -9,7 +9,8 @@ import torch
 from families import FAMILIES
 from golden import load_cases
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Tokenizer
+from transformers.generation import LogitsProcessor
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from dparallel.modeling import DreamConfig, DreamModel
@@ -72,36 +73,163 @@ def test_original_decoding_is_the_published_one(dream, case):
 
 
 @pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
-@pytest.mark.parametrize("arguments", [{"alg": "origin"}, {"alg": "entropy", "alg_temp": 0.5}, {"temperature": 0.8}])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"alg": "origin"},
+        {"alg": "entropy", "alg_temp": 0.5},
+        {"alg": "topk_margin", "alg_temp": 0.5},
+        {"alg": "maskgit_plus", "temperature": 0.8},
+    ],
+    ids=lambda arguments: "-".join(map(str, arguments.values())),
+)
 def test_what_is_drawn_is_seeded(dream, prompt, arguments):
-    def decode(seed, **more):
-        generator = torch.Generator().manual_seed(seed)
+    def decode(seed):
         return dream.diffusion_generate(
-            prompt, max_new_tokens=24, steps=12, generator=generator, return_dict_in_generate=True, **arguments, **more
+            prompt, max_new_tokens=24, steps=12, generator=torch.Generator().manual_seed(seed), **arguments
         )
 
-    first, again, other = decode(0), decode(0), decode(1)
-    assert torch.equal(first.sequences, again.sequences) and torch.equal(first.unmasking_step, again.unmasking_step)
-    assert not torch.equal(first.unmasking_step, other.unmasking_step)
-    assert (first.sequences != MASK).all() and first.num_forward_passes <= 12
+    assert torch.equal(decode(0), decode(0))
+    assert len({tuple(decode(seed)[0].tolist()) for seed in range(3)}) == 3
     torch.manual_seed(3)
     ids = dream.diffusion_generate(prompt, max_new_tokens=24, steps=12, **arguments)
     torch.manual_seed(3)
     assert torch.equal(dream.diffusion_generate(prompt, max_new_tokens=24, steps=12, **arguments), ids)
+    assert (ids != MASK).all()
+
+
+def warped(logits, temperature, top_p, top_k):
+    """What the official code draws from and measures certainty on, without [MASK] where something is cut off."""
+    logits = logits / temperature if temperature else logits.clone()
+    if top_p is not None or top_k is not None:
+        logits[:, MASK] = -torch.inf
+    if top_p is not None:
+        probs, order = logits.softmax(dim=-1).sort(descending=True, dim=-1)
+        cut = probs.cumsum(dim=-1) - probs > top_p
+        logits = logits.masked_fill(torch.zeros_like(cut).scatter(1, order, cut), -torch.inf)
+    if top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(top_k)[0][:, -1:], -torch.inf)
+    return logits.softmax(dim=-1)
+
+
+@torch.no_grad()
+def slow_original(model, prompt, length, alg, steps, eps, top_p, top_k):
+    """The official loop at temperature 0, for one prompt."""
+    canvas = torch.cat((prompt, torch.full((1, length), MASK)), dim=1)
+    times = torch.linspace(1, eps, steps + 1)
+    for i in range(steps):
+        masked = (canvas[0] == MASK).nonzero()[:, 0]
+        share = 1 - times[i + 1] / times[i] if i < steps - 1 else 1
+        count = int(len(masked) * share)
+        probs = warped(model(canvas).logits[0, masked - 1], 0, top_p, top_k)
+        top = probs.topk(2, dim=-1)[0]
+        score = {
+            "maskgit_plus": top[:, 0],
+            "topk_margin": top[:, 0] - top[:, 1],
+            "entropy": torch.xlogy(probs, probs).sum(dim=-1),
+        }[alg]
+        chosen = score.argsort(descending=True, stable=True)[:count]  # the official topk leaves ties open
+        canvas[0, masked[chosen]] = probs[chosen].argmax(dim=-1)
+    return canvas
 
 
 @pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
-def test_certainty_is_measured_on_the_warped_distribution(dream, prompt):
-    """As in the official code, unlike `generate`: top-p leaves several tokens with certainty 1."""
-    settings = {"alg": "maskgit_plus", "max_new_tokens": 24, "steps": 24, "return_dict_in_generate": True}
-    plain = dream.diffusion_generate(prompt, **settings)
-    nucleus = dream.diffusion_generate(prompt, top_p=0.3, **settings)
-    assert (nucleus.unmasking_confidence == 1).sum() > (plain.unmasking_confidence == 1).sum()
-    logits = dream(torch.cat((prompt, torch.full((1, 24), MASK)), dim=1)).logits[:, 8:-1]
-    probabilities = (logits / 0.5).softmax(dim=-1)
-    one_step = dream.diffusion_generate(prompt, **(settings | {"steps": 1}), temperature=0.5, top_k=320)
-    chosen = probabilities.gather(-1, one_step.sequences[:, 9:, None])[..., 0]
-    torch.testing.assert_close(one_step.unmasking_confidence, chosen, atol=1e-4, rtol=0)
+@pytest.mark.parametrize("alg", ["maskgit_plus", "topk_margin", "entropy"])
+@pytest.mark.parametrize(
+    "settings", [{"eps": 0.1}, {"top_k": 40}, {"top_p": 0.97}, {"top_p": 0.98, "top_k": 60}], ids=str
+)
+def test_greedy_decoding_equals_the_slow_loop(dream, alg, settings):
+    for seed in range(3):
+        prompt = torch.randint(0, 317, (1, 4 + 3 * seed), generator=torch.Generator().manual_seed(seed))
+        settings = {"eps": 1e-3, "top_p": None, "top_k": None, **settings}
+        output = dream.diffusion_generate(prompt, alg=alg, steps=11, max_new_tokens=20, **settings)
+        assert torch.equal(output, slow_original(dream, prompt, 20, alg, 11, **settings))
+
+
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+@torch.no_grad()
+def test_drawn_tokens_have_the_warped_distribution(dream, prompt):
+    """One pass, 3,000 times: frequencies of the first token, and its probability as the certainty."""
+    output = dream.diffusion_generate(
+        prompt.repeat(3000, 1), alg="maskgit_plus", steps=1, max_new_tokens=2, temperature=1.5, top_p=0.9, top_k=30,
+        return_dict_in_generate=True, generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    canvas = torch.cat((prompt, torch.full((1, 2), MASK)), dim=1)
+    expected = warped(dream(canvas).logits[0, 8:9], 1.5, 0.9, 30)[0]
+    drawn = output.sequences[:, 9]
+    frequencies = torch.bincount(drawn, minlength=320) / 3000
+    assert expected.max() < 0.9 and (frequencies > 0).sum() > 3
+    torch.testing.assert_close(frequencies, expected, atol=0.035, rtol=0)
+    torch.testing.assert_close(output.unmasking_confidence[:, 0], expected[drawn], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+def test_origin_writes_each_position_with_its_probability(dream, prompt):
+    """On average a third in the first of three steps, and not always as many."""
+    counts = [
+        (dream.diffusion_generate(
+            prompt, steps=3, max_new_tokens=30, return_dict_in_generate=True,
+            generator=torch.Generator().manual_seed(seed),
+        ).unmasking_step == 0).sum().item()
+        for seed in range(60)
+    ]  # fmt: skip
+    assert sum(counts) / 60 == pytest.approx(10, abs=1.2) and len(set(counts)) > 4
+
+
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_k": 1}, {"top_p": 0.5, "temperature": 0.3}], ids=str)
+def test_a_nucleus_of_nothing_but_mask(prompt, settings):
+    model = FAMILY.load()
+    head = model.get_output_embeddings().weight.data
+    head *= 0.01
+    head[MASK] = 1
+    model.get_submodule(FAMILY.norm).register_forward_hook(lambda module, args, out: out + 1)
+    ids = model.diffusion_generate(prompt, alg="entropy", max_new_tokens=8, **settings)[0, 9:]
+    assert (ids != MASK).all() and len(ids.unique()) > 1
+
+
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+def test_settings_come_from_arguments_then_configuration_then_checkpoint(tmp_path, prompt):
+    """A generation_config.json as the official class saves it; `generate` does not go by it."""
+    FAMILY.load().save_pretrained(tmp_path)
+    official = {"alg": "entropy", "alg_temp": 0.0, "eps": 0.001, "steps": 8, "temperature": 0.0, "top_p": None}
+    official |= {"eos_token_id": 318, "pad_token_id": 318, "top_k": None, "output_history": True, "max_new_tokens": 16}
+    (tmp_path / "generation_config.json").write_text(json.dumps(official | {"return_dict_in_generate": True}))
+    model = DreamModel.from_pretrained(tmp_path)
+    expected = FAMILY.load().diffusion_generate(prompt, alg="entropy", steps=8, max_new_tokens=16)
+    output = model.diffusion_generate(prompt)
+    assert torch.equal(output.sequences, expected) and len(output.history) == 8
+    config = GenerationConfig(alg="maskgit_plus", steps=5)
+    output = model.diffusion_generate(prompt, config)
+    assert (
+        output.num_forward_passes.item() == 5 != model.diffusion_generate(prompt, config, steps=4).num_forward_passes
+    )
+    by_confidence = FAMILY.load().diffusion_generate(prompt, alg="maskgit_plus", steps=5, max_new_tokens=16)
+    assert torch.equal(output.sequences, by_confidence)
+    plain = model.generate(prompt)
+    assert torch.equal(plain, FAMILY.load().generate(prompt, max_new_tokens=16))
+    assert model.generate(prompt, do_sample=True).shape == plain.shape
+    model.save_pretrained(tmp_path / "again")
+    assert len(DreamModel.from_pretrained(tmp_path / "again").diffusion_generate(prompt).history) == 8
+
+
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+def test_logits_processors_and_the_whole_answer(dream, prompt):
+    """A user's processor is used; end-of-text ends nothing; without `output_history` there is no history."""
+
+    class Only(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return torch.where(torch.arange(320) % 7 == 3, scores, -torch.inf)
+
+    settings = {"alg": "entropy", "steps": 6, "max_new_tokens": 12, "return_dict_in_generate": True}
+    output = dream.diffusion_generate(prompt, logits_processor=[Only()], **settings)
+    assert (output.sequences[:, 9:] % 7 == 3).all() and output.history is None
+    token = output.sequences[0, 11].item()
+    again = dream.diffusion_generate(prompt, logits_processor=[Only()], eos_token_id=token, **settings)
+    assert torch.equal(again.sequences, output.sequences)
+    cut = dream.diffusion_generate(prompt, max_time=0.0, output_history=True, **settings)
+    written = cut.unmasking_step[0] == 0
+    assert len(cut.history) == 1 and (cut.history[0][0, 9:][~written] == MASK).all() and not written.all()
 
 
 def test_the_old_name_is_deprecated(dream, prompt):
@@ -123,6 +251,10 @@ def test_the_old_name_is_deprecated(dream, prompt):
         ({"temperature": -0.1}, "`temperature=-0.1`"),
         ({"steps": 0}, "`steps=0`"),
         ({"eps": 0.0}, "`eps=0.0`"),
+        ({"temperature": "hot"}, "`temperature='hot'`"),
+        ({"top_p": 1.5}, "`top_p=1.5`"),
+        ({"top_k": 0}, "top_k"),
+        ({"block_length": 8}, r"\['block_length'\] are settled by `alg` here"),
         ({"generation_logits_hook_func": max}, "`generation_logits_hook_func` is not supported"),
         ({"algorithm": "origin"}, "`algorithm` is not an argument"),
     ],
@@ -180,10 +312,39 @@ def test_scaled_rotary_embeddings_keep_the_official_keys(tmp_path):
 
 
 def test_the_embedding_of_end_of_text_is_learned():
-    """It is the padding token too, which torch's embedding would leave out."""
+    """It is the padding token too, which torch's embedding would leave out and start at zero."""
     model = FAMILY.make()
+    embedding = model.get_input_embeddings()
     model(torch.tensor([[1, 48, 2]])).logits.square().mean().backward()
-    assert model.get_input_embeddings().weight.grad[48].abs().sum() > 0
+    assert embedding.weight.grad[48].abs().sum() > 0 and embedding.weight[48].abs().sum() > 0
+    assert model.config.pad_token_id == 48
+    assert DreamModel(DreamConfig(**(FAMILY.shape | {"pad_token_id": 1000}))).config.pad_token_id == 1000
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "cast", [lambda model: model.bfloat16(), lambda model: model.to("meta").to_empty(device="cpu")]
+)
+def test_rotary_frequencies_stay_exact(cast, tmp_path):
+    """Rounded to bfloat16 they would misplace far positions."""
+    model = FAMILY.make(hidden_size=256, num_attention_heads=2, num_key_value_heads=1)
+    exact = model.model.rotary_emb.inv_freq.clone()
+    model = cast(model)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32 == model.model.rotary_emb.original_inv_freq.dtype
+    if model.dtype == torch.bfloat16:
+        assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+        model.save_pretrained(tmp_path)
+        ids = torch.randint(0, 48, (1, 500), generator=torch.Generator().manual_seed(0))
+        loaded = DreamModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_the_published_base_of_the_rotary_embedding_is_the_default():
+    assert DreamConfig().rope_parameters["rope_theta"] == 1e6 and DreamConfig().to_dict()["rope_theta"] == 1e6
+
+
+def test_no_cache_is_made_unasked(dream, prompt):
+    assert dream(prompt, use_cache=True).past_key_values is None
 
 
 # --- tokenizer -------------------------------------------------------------------------------------------------------
@@ -264,7 +425,8 @@ def test_official_tokenizers_load(official, trust):
 
 STOCK = """
 import json, sys
-from transformers import AutoTokenizer, Qwen2Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, Qwen2Tokenizer
+from transformers.generation import LogitsProcessor
 texts = json.loads(sys.argv[2])
 found = []
 for load in (Qwen2Tokenizer, AutoTokenizer):

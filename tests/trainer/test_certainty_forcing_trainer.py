@@ -1,5 +1,7 @@
 """The distillation trainer: its fused loss against the plain one, and that it learns, decodes, resumes and adapts."""
 
+import logging
+
 import pytest
 import torch
 from datasets import Dataset
@@ -245,18 +247,33 @@ def test_settings_left_open_are_the_familys(tmp_path, word_tokenizer, family, sm
         args = CertaintyForcingConfig(str(tmp_path), report_to="none", use_cpu=True, **changes)
         dataset = Dataset.from_list(rows(3))
         trainer = CertaintyForcingTrainer(small_model(), args, train_dataset=dataset, processing_class=word_tokenizer)
+        assert (args.masking, args.max_length) == (changes.get("masking"), changes.get("max_length", 0))  # as given
         lengths = {(len(row["input_ids"]), row["prompt_length"]) for row in trainer.train_dataset}
-        return args, lengths
+        args = trainer.args
+        return (args.masking, args.certainty_weight, args.max_length, args.response_length), lengths
 
-    args, lengths = trained_with()
-    published = {"llada": ("block", 2.0, 384, None), "dream": ("response", 1.0, None, 256)}
-    found = (args.masking, args.certainty_weight, args.max_length, args.response_length)
-    assert found == published[family.name]
-    assert all(total == 384 if family.name == "llada" else total - prompt == 256 for total, prompt in lengths)
-    args, lengths = trained_with(masking="block", certainty_weight=0.0, response_length=40)
-    assert (args.masking, args.certainty_weight, args.max_length, args.response_length) == ("block", 0.0, None, 40)
+    found, lengths = trained_with()
+    is_llada = family.name == "llada"
+    assert found == (("block", 2.0, 384, None) if is_llada else ("response", 1.0, None, 256))
+    assert all(total == 384 if is_llada else total - prompt == 256 for total, prompt in lengths)
+    found, lengths = trained_with(masking="block", certainty_weight=0.0, response_length=40)
+    assert found == ("block", 0.0, 384 if is_llada else None, 40)
     assert all(total - prompt == 40 for total, prompt in lengths)
-    assert trained_with(max_length=50)[0].response_length is None
+    found, lengths = trained_with(max_length=50)
+    assert found[2:] == (50, None) and {total for total, _ in lengths} == {50}
+    found, lengths = trained_with(max_length=None)  # no limit, and one end-of-text
+    assert found[2:] == (None, None) and len(lengths) > 1
+
+
+def test_families_without_published_settings_are_told_so(tmp_path, word_tokenizer, caplog):
+    with caplog.at_level(logging.WARNING):
+        build_trainer(tmp_path, word_tokenizer, any_model("shifted"))
+        assert "Nothing was published" not in caplog.text  # nothing was left open
+        args = CertaintyForcingConfig(str(tmp_path), report_to="none", use_cpu=True)
+        CertaintyForcingTrainer(
+            any_model("shifted"), args, train_dataset=Dataset.from_list(rows(3)), processing_class=word_tokenizer
+        )
+    assert "Nothing was published for the model type 'shifted': LLaDA's settings are used" in caplog.text
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------

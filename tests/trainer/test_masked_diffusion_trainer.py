@@ -125,6 +125,7 @@ def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog, make_traine
         assert "end-of-text behind" not in caplog.text
         make_trainer(tmp_path, word_tokenizer, dataset=short, response_length=40)
     assert "88% of what is learned is end-of-text behind the answers" in caplog.text  # 35 of 40
+    assert "Lower `response_length=40`" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,204 @@
+"""How long decoding takes: `generate()` with each cache, beside a plain loop and beside what the hardware allows.
+
+    python examples/benchmarks/decoding.py                    # LLaDA-8B's shape, random weights: one GPU of 80 GB
+    python examples/benchmarks/decoding.py --shape box        # the model in the box, on a CPU in two minutes
+
+Every row is one way of decoding `--length` tokens in blocks of 32 with a fixed number of passes (`unmasking=
+"confidence"`, `steps`), so that random weights take as many as trained ones. The plain loop is what research code
+does, with the same weights and in the same run: the head on the whole sequence, softmax in float64, tokens written one
+by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. Prints a table and
+writes JSON.
+"""
+
+import argparse
+import itertools
+import json
+import platform
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+
+from dparallel.modeling import LLaDAConfig, LLaDAModelLM
+
+BOX = Path(__file__).parents[1] / "word_problems" / "checkpoint"
+BLOCK_LENGTH = 32
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def seconds(function, device, repeats):
+    """Of one call: the fastest of some, after one that does not count."""
+    function()
+    times = []
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        function()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def measure_ceilings(device):
+    """Bytes per second that are read, and operations per second of a large matrix product."""
+    size, count = (8192, 2**30) if device == "cuda" else (1024, 2**26)
+    matrix = torch.randn(size, size, device=device, dtype=DTYPES[device])
+    numbers = torch.ones(count, device=device, dtype=DTYPES[device])
+    reading = seconds(numbers.max, device, 5)
+    product = seconds(lambda: matrix @ matrix, device, 5)
+    return {"bytes_per_second": numbers.nbytes / reading, "operations_per_second": 2 * size**3 / product}
+
+
+def floor(model, ceilings, batch_size, positions, seen):
+    """Seconds that a pass over `positions` of each row takes at least, if they attend to `seen`: all weights are read
+    once, or all products are made at the measured rate, whichever takes longer."""
+    config = model.config
+    head = model.get_output_embeddings().weight
+    weights = sum(parameter.numel() for parameter in model.parameters()) - head.numel()  # embeddings are looked up
+    weights -= 0 if config.weight_tying else model.get_input_embeddings().weight.numel()
+    rows = batch_size * positions
+    operations = 2 * rows * weights + 2 * batch_size * BLOCK_LENGTH * head.numel()
+    operations += 4 * rows * seen * config.d_model * config.n_layers
+    read = (weights + head.numel()) * head.element_size()
+    return max(read / ceilings["bytes_per_second"], operations / ceilings["operations_per_second"])
+
+
+def floor_of_all(model, ceilings, batch_size, prompt_length, length, passes, cache, refresh):
+    """The same for a whole answer: the sum over its passes."""
+    blocks, total = length // BLOCK_LENGTH, 0.0
+    for block in range(blocks):
+        behind = length - block * BLOCK_LENGTH
+        usual = {"none": prompt_length + length, "prefix": behind, "dual": BLOCK_LENGTH}[cache]
+        first = prompt_length + length
+        if refresh == "previous_block" and block > 0:
+            first = usual + BLOCK_LENGTH
+        for positions in (first, *[usual] * (passes // blocks - 1)):
+            total += floor(model, ceilings, batch_size, positions, prompt_length + length)
+    return total
+
+
+@torch.no_grad()
+def plain_loop(model, prompts, length, passes):
+    """Low-confidence remasking as research code writes it."""
+    mask, start = model.config.mask_token_id, prompts.shape[1]
+    canvas = torch.cat((prompts, prompts.new_full((len(prompts), length), mask)), dim=1)
+    blocks = length // BLOCK_LENGTH
+    for block in range(blocks):
+        stop = start + (block + 1) * BLOCK_LENGTH
+        for i in range(passes // blocks):
+            logits = model(canvas).logits
+            masked = canvas == mask
+            tokens = logits.argmax(dim=-1)
+            confidence = logits.double().softmax(dim=-1).gather(-1, tokens[..., None])[..., 0]
+            confidence[:, stop:] = -torch.inf
+            confidence = torch.where(masked, confidence, -torch.inf)
+            for row in range(len(canvas)):
+                left = int(masked[row, :stop].sum())
+                count = left // (passes // blocks - i)
+                for position in confidence[row].topk(count).indices:
+                    canvas[row, position] = tokens[row, position]
+    return canvas
+
+
+def load(shape, device):
+    if shape == "box":
+        return LLaDAModelLM.from_pretrained(BOX, dtype=DTYPES[device]).to(device).eval()
+    with torch.device(device):
+        torch.manual_seed(0)
+        default, _ = torch.get_default_dtype(), torch.set_default_dtype(DTYPES[device])
+        model = LLaDAModelLM(LLaDAConfig()).eval()
+        torch.set_default_dtype(default)
+    return model
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 4 8 32; box: 1 8")
+    parser.add_argument("--prompt_lengths", type=int, nargs="+", help="default: 128 1024 3072; box: 64")
+    parser.add_argument("--passes", type=int, nargs="+", help="default: 32 256; box: 16")
+    parser.add_argument("--length", type=int, help="default: 256; box: 128")
+    parser.add_argument("--caches", nargs="+", default=["none", "prefix", "dual", "dual,previous_block"])
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no_plain", action="store_true", help="leave out the plain loop")
+    parser.add_argument("--output", type=Path, default=Path("decoding.json"))
+    arguments = parser.parse_args()
+    is_box = arguments.shape == "box"
+    batch_sizes = arguments.batch_sizes or ([1, 8] if is_box else [1, 4, 8, 32])
+    prompt_lengths = arguments.prompt_lengths or ([64] if is_box else [128, 1024, 3072])
+    all_passes = arguments.passes or ([16] if is_box else [32, 256])
+    length = arguments.length or (128 if is_box else 256)
+    for passes in all_passes:
+        if passes % (length // BLOCK_LENGTH) or length % BLOCK_LENGTH:
+            parser.error(f"--passes {passes} --length {length}: blocks of {BLOCK_LENGTH} must share both evenly")
+
+    device = arguments.device
+    ceilings = measure_ceilings(device)
+    model = load(arguments.shape, device)
+    results = {
+        "date": str(date.today()),
+        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+        "shape": arguments.shape,
+        "ceilings": ceilings,
+        "length": length,
+        "rows": [],
+    }  # fmt: skip
+    print(f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}")
+    print(f"read {ceilings['bytes_per_second'] / 1e12:.3g} TB/s, ", end="")
+    print(f"matrix products {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s, {arguments.shape}, G {length}\n")
+    print("| batch | prompt | NFE | decoding | ms per NFE | floor | tokens/s | times the plain loop | GiB |")
+    print("| --- " * 9 + "|", flush=True)
+    decodings = [] if arguments.no_plain else ["plain loop"]
+    for prompt_length, batch_size, passes in itertools.product(prompt_lengths, batch_sizes, all_passes):
+        prompts = torch.randint(5, model.config.vocab_size // 2, (batch_size, prompt_length), device=device)
+        plain = None
+        for decoding in [*decodings, *arguments.caches]:
+            cache, _, refresh = decoding.partition(",")
+            if decoding == "plain loop":
+                cache = "none"
+
+                def decode(prompts=prompts, passes=passes):
+                    return plain_loop(model, prompts, length, passes)
+
+            else:
+                settings = {"block_cache": cache, "cache_refresh": refresh or None, "steps": passes}
+
+                def decode(prompts=prompts, settings=settings):
+                    return model.generate(
+                        prompts, max_new_tokens=length, block_length=BLOCK_LENGTH, unmasking="confidence",
+                        stop_at_eos=False, **settings,
+                    )  # fmt: skip
+
+            row = {"batch": batch_size, "prompt": prompt_length, "passes": passes, "decoding": decoding}
+            least = floor_of_all(model, ceilings, batch_size, prompt_length, length, passes, cache, refresh)
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            try:
+                taken = seconds(decode, device, arguments.repeats)
+            except torch.OutOfMemoryError:
+                results["rows"].append({**row, "seconds": None})
+                print(f"| {batch_size} | {prompt_length} | {passes} | {decoding} | out of memory |||||", flush=True)
+                continue
+            plain = taken if decoding == "plain loop" else plain
+            memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+            results["rows"].append({**row, "seconds": taken, "floor": least, "plain": plain, "gibibytes": memory})
+            print(
+                f"| {batch_size} | {prompt_length} | {passes} | {decoding} | {1000 * taken / passes:.2f} | "
+                f"{1000 * least / passes:.2f} | {batch_size * length / taken:.0f} | "
+                f"{'' if plain is None else f'{plain / taken:.1f}'} | {'' if memory is None else f'{memory:.1f}'} |",
+                flush=True,
+            )
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

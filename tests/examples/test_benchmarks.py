@@ -1,0 +1,55 @@
+"""The benchmarks measure what they say."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import decoding
+import pytest
+import torch
+from families import FAMILIES
+
+SCRIPT = Path(decoding.__file__)
+
+
+@pytest.fixture(scope="module")
+def llada():
+    return FAMILIES["llada"].load()
+
+
+def test_the_plain_loop_decodes_what_generate_does(llada):
+    prompts = torch.randint(0, 317, (3, 7), generator=torch.Generator().manual_seed(0))
+    settings = {"max_new_tokens": 64, "unmasking": "confidence", "steps": 16, "stop_at_eos": False}
+    assert torch.equal(decoding.plain_loop(llada, prompts, 64, 16), llada.generate(prompts, **settings))
+
+
+def test_floors(llada):
+    """By hand: 3 blocks of 4 * 64 * 64 + 3 * 64 * 128 weights and 7 norms of 64; a head of 320 * 64."""
+    blocks, head = 3 * (4 * 64 * 64 + 3 * 64 * 128) + 7 * 64, 320 * 64
+    reading = {"bytes_per_second": 1e3, "operations_per_second": 1e30}
+    assert decoding.floor(llada, reading, 2, 32, 100) == pytest.approx(4 * (blocks + head) / 1e3)
+    products = {"bytes_per_second": 1e30, "operations_per_second": 1e3}
+    attention = 2 * 3 * 2 * 64 * 100 * 64  # scores and mixing, 3 blocks, 100 keys, 64 queries
+    expected = 2 * 64 * blocks + 2 * 64 * head + attention
+    assert decoding.floor(llada, products, 2, 32, 100) == pytest.approx(expected / 1e3)
+    ceilings = {"bytes_per_second": 1e30, "operations_per_second": 1e3}
+    whole = decoding.floor(llada, ceilings, 1, 74, 74)
+    block, two = (decoding.floor(llada, ceilings, 1, n, 74) for n in (32, 64))
+    found = decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "dual", "previous_block")
+    assert found == pytest.approx(whole + two + 4 * block)
+    assert decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "none", "") == pytest.approx(6 * whole)
+
+
+def test_the_decoding_benchmark_runs(tmp_path):
+    flags = "--shape box --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1".split()
+    result = subprocess.run(
+        [sys.executable, SCRIPT, *flags, "--output", tmp_path / "out.json"],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["decoding"] for row in rows] == ["plain loop", "none", "prefix", "dual", "dual,previous_block"]
+    assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
+    assert result.stdout.count("| 2 | 8 | 2 |") == 5

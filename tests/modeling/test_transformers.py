@@ -109,7 +109,7 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
     assert found["text"] == word_tokenizer.decode(expected.sequences[0])
 
 
-SHARED = {"block_cache", "generation_diffusion", "token_statistics", "unmasking"}
+SHARED = {"block_cache", "canvas", "generation_diffusion", "token_statistics", "unmasking"}
 
 
 def test_saved_folder_holds_all_remote_code_and_nothing_else(family, reader, tmp_path):

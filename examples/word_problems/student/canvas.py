@@ -1,0 +1,1 @@
+../../../modeling/canvas.py

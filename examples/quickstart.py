@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
 from evaluation import ANSWER_LENGTH, evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 
-import dparallel.modeling  # noqa: F401  (for official repositories, whose own remote code is older)
+from dparallel.modeling import POLICIES  # registers the models too: official repositories' own code is older
 
 BOX = Path(__file__).parent / "word_problems"
 MODELS = {"teacher": BOX / "checkpoint", "student": BOX / "student"}
@@ -90,8 +90,13 @@ def own_decoding(model):
     config = model.generation_config
     if getattr(config, "unmasking", None) is None:
         return None
-    key = "threshold" if getattr(config, "threshold", None) is not None else "steps"
-    return {"unmasking": config.unmasking, key: getattr(config, key)}
+    policy = POLICIES[config.unmasking]
+    if policy.is_scheduled:
+        return {"unmasking": config.unmasking, "steps": config.steps or ANSWER_LENGTH}
+    return {
+        "unmasking": config.unmasking,
+        "threshold": policy.default if config.threshold is None else config.threshold,
+    }
 
 
 def table_row(model_name, result):

@@ -52,7 +52,3 @@ class BlockCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.stop, 0
-
-    def reset(self):
-        for states in (*self.keys, *self.values):
-            states.zero_()

@@ -9,9 +9,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import distillation
 import pytest
+import quickstart
 from accelerate.commands.config.config_args import load_config_from_file
 from distill import DistillArguments, load_judge
 from evaluation import Result
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from dparallel.modeling import LLaDAModelLM
+from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -47,6 +49,20 @@ def test_quickstart_takes_another_model(tmp_path):
     assert result.returncode == 0, result.stderr
     rows = [line for line in result.stdout.splitlines() if line.startswith("| model | `")]
     assert len(rows) == 8 and "`entropy_threshold`, threshold 0.1" in rows[-1], "its own policy comes last"
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ({}, None),
+        ({"unmasking": "entropy_bound"}, {"unmasking": "entropy_bound", "threshold": 0.1}),
+        ({"unmasking": "entropy_bound", "threshold": 0.3}, {"unmasking": "entropy_bound", "threshold": 0.3}),
+        ({"unmasking": "margin"}, {"unmasking": "margin", "steps": 128}),
+    ],
+)
+def test_quickstart_finds_the_policy_of_a_checkpoint(saved, expected):
+    model = SimpleNamespace(generation_config=DiffusionGenerationConfig(**saved))
+    assert quickstart.own_decoding(model) == expected
 
 
 @pytest.mark.parametrize("count", [0, 5001])

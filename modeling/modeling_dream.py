@@ -96,20 +96,23 @@ class DreamBaseModel(Qwen2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
         attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            self.config,
+            inputs_embeds,
+            attention_mask,
+            None,
+            past_key_values,
             # To find out that a mask hides nothing costs a wait for the device in every pass; whoever has no padding
             # passes no mask.
             allow_is_bidirectional_skip=attention_mask is None,
         )
         return super().forward(
-            inputs_embeds=inputs_embeds,
-            attention_mask={"full_attention": attention_mask},  # in place of the causal one that it would make
-            position_ids=position_ids,
-            past_key_values=past_key_values,
+            None,
+            {"full_attention": attention_mask},  # in place of the causal one that it would make
+            position_ids,
+            past_key_values,
+            inputs_embeds,
             use_cache=past_key_values is not None,  # never one of its own
             **kwargs,
         )
@@ -165,12 +168,8 @@ class DreamModel(DiffusionGenerationMixin, Qwen2PreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return CausalLMOutputWithPast(
-            logits=self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep)),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
+        return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
 
     def adjust_generation_fn(self, *args, **kwargs):
         super().adjust_generation_fn(*args, **kwargs)

@@ -152,11 +152,13 @@ class LLaDAModel(LLaDAPreTrainedModel):
         hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
         attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            self.config,
+            hidden_states,
+            attention_mask,
+            None,
+            past_key_values,
             # To find out that a mask hides nothing costs a wait for the device in every pass; whoever has no padding
             # passes no mask.
             allow_is_bidirectional_skip=attention_mask is None,
@@ -227,12 +229,8 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
-        return CausalLMOutputWithPast(
-            logits=self.model.transformer.ff_out(select_positions(outputs.last_hidden_state, logits_to_keep)),
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        logits = self.model.transformer.ff_out(select_positions(outputs.last_hidden_state, logits_to_keep))
+        return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 LLaDAModelLM.register_for_auto_class("AutoModelForCausalLM")

@@ -174,8 +174,15 @@ def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
     return time.time() - start
 
 
+def here_and_now():
+    """Where and when a number was measured; a run that was cut may go on elsewhere."""
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return {"date": str(date.today()), "hardware": hardware, "versions": versions}
+
+
 def measure(path, decodings, problems, tokenizer, folder, **settings):
-    """One row for each decoding: NFE, TPF, seconds, and which problems were solved."""
+    """One row for each decoding: NFE, TPF, seconds, which problems were solved, where and when."""
     model = load(path)
 
     def compute(number, cells):
@@ -183,7 +190,7 @@ def measure(path, decodings, problems, tokenizer, folder, **settings):
         for cell in cells:
             result = evaluate(model, tokenizer, problems, folder.name, 1024, **cell, **settings)
             row = {name: getattr(result, name) for name in ("nfe", "tpf", "seconds", "accuracy", "correct")}
-            rows.append({"decoding": json.dumps(cell), **row})
+            rows.append({"decoding": json.dumps(cell), **row, **here_and_now()})
         return rows
 
     job = {"model": model_digest(model), "decodings": decodings, "problems": len(problems), "settings": settings}
@@ -192,8 +199,8 @@ def measure(path, decodings, problems, tokenizer, folder, **settings):
 
 def brief(row):
     """A row as the results hold it: without the list of problems."""
-    numbers = {name: row[name] for name in ("nfe", "tpf", "seconds", "accuracy")}
-    return {"decoding": json.loads(row["decoding"]), **numbers, "problems": len(row["correct"])}
+    kept = {name: value for name, value in row.items() if name not in ("decoding", "correct")}
+    return {"decoding": json.loads(row["decoding"]), "problems": len(row["correct"]), **kept}
 
 
 def curve(rows, unmasking):
@@ -381,9 +388,6 @@ def main():
         chosen.append({"model": "teacher", "stop_at_eos": stop, **brief(slow), "difference": ""})
         chosen.append({"model": "student", "stop_at_eos": stop, **brief(fast), "difference": difference})
     results = {
-        "date": str(date.today()),
-        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "settings": {name: getattr(arguments, name) for name in ("num_prompts", "max_steps", "batch_size", "rounds")},
         "teacher": teacher,
         "students": curves,

@@ -10,7 +10,7 @@ from transformers import Cache
 
 class BlockCache(Cache):
     """Keys and values of all positions of a canvas, each in a slot of its own. A pass over some of the positions
-    overwrites theirs and attends to all; nothing grows.
+    overwrites theirs and attends to all; nothing grows, and nothing moves.
 
     Args:
         length (`int`): positions of the canvas, T.
@@ -20,35 +20,44 @@ class BlockCache(Cache):
         super().__init__(layers=[])
         self.length = length
         self.keys, self.values = [], []
-        self.start, self.stop = 0, length
+        self.positions, self.stop = None, length
 
-    def place(self, start: int, stop: int) -> "BlockCache":
-        """The next pass is one over the positions from `start` on, and sees those before `stop`."""
-        self.start, self.stop = start, stop
+    def place(self, positions, stop: int) -> "BlockCache":
+        """The next pass is one over these positions, a tensor (Q,), or over all before `stop` (None); it sees those
+        before `stop`."""
+        self.positions, self.stop = positions, stop
         return self
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keep the rotated keys and the values (B, heads, Q, head_dim) of a pass over Q positions; returns those of
         all positions that it sees."""
-        first, last = self.start, self.start + key_states.shape[2]
         kept = []
         for states, layers in ((key_states, self.keys), (value_states, self.values)):
             if layer_idx == len(layers):  # on the layer's own device
                 layers.append(states.new_zeros(*states.shape[:2], self.length, states.shape[3]))
-            layers[layer_idx][:, :, first:last] = states
-            kept.append(states if (first, last) == (0, self.stop) else layers[layer_idx][:, :, : self.stop])
+            if self.positions is None:
+                layers[layer_idx][:, :, : self.stop] = states
+                kept.append(states)
+            else:
+                layers[layer_idx].index_copy_(2, self.positions.to(states.device), states)
+                kept.append(layers[layer_idx][:, :, : self.stop])
         return tuple(kept)
 
-    def select_rows(self, rows):
-        """Keep these rows of the batch (a tensor of their numbers) alone."""
-        for layers in (self.keys, self.values):
-            layers[:] = [states[rows.to(states.device)] for states in layers]
+    def take_rows(self, other: "BlockCache", rows):
+        """Keep what another cache of this length holds for these rows (a tensor of their numbers)."""
+        for mine, others in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, states in enumerate(others):
+                taken = states[rows.to(states.device)]
+                if layer == len(mine):
+                    mine.append(taken)
+                else:
+                    mine[layer].copy_(taken)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.start
+        return 0  # positions are always given
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.start
+        return 0  # without a causal mask it does not matter where queries stand
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.stop, 0

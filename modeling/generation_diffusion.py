@@ -12,6 +12,8 @@ import itertools
 import math
 import numbers
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +30,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, logging
 
-from .canvas import Canvas
+from .canvas import Canvas, Layout
+from .captured_step import PROMPT_BUCKET, captured_steps
 from .token_statistics import token_statistics
 from .unmasking import POLICIES, SCHEDULES
 
@@ -52,6 +55,7 @@ CACHE_REFRESHES = ("full", "previous_block")
 POSITIONWISE_PROCESSORS = (
     SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
 )  # fmt: skip
+STEP_FIELDS = ("unmasking", "unmasking_temperature", "do_sample")  # what a step depends on beside these:
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # Fields of GenerationConfig that only have a meaning when tokens come one after the other.
 AUTOREGRESSIVE_FIELDS = (
@@ -61,6 +65,15 @@ AUTOREGRESSIVE_FIELDS = (
     "output_hidden_states cache_implementation cache_config max_cache_len prefill_chunk_size "
     "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id no_repeat_ngram_size min_length"
 ).split()
+
+
+class Span(NamedTuple):
+    """What of a canvas a pass computes: all of it before `size`, or, from `before` positions before the block on,
+    `size` positions. It attends to everything before `seen`."""
+
+    before: int | None
+    size: int
+    seen: int
 
 
 def require(condition, name, value, allowed):
@@ -453,15 +466,30 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")
         processors, warpers = self._diffusion_logits_processors(config, logits_processor, input_ids, attention_mask)
 
-        canvas = Canvas(input_ids, attention_mask, config)
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        self._decode(canvas, config, processors, warpers, criteria, streamer, synced_gpus, generator)
+        # Whatever is handed in from outside may change from step to step.
+        is_fixed = not (config.disable_compile or synced_gpus or processors or generator is not None)
+        steps = captured_steps(self) if is_fixed else None
+        batch_size, prompt_length = input_ids.shape
+        padding = 0 if steps is None else -prompt_length % PROMPT_BUCKET
+        eos = () if config._eos_token_tensor is None or not config.stop_at_eos else config._eos_token_tensor.tolist()
+        layout = Layout(
+            batch_size, prompt_length + padding, config.max_new_tokens, attention_mask is not None or padding > 0,
+            config.block_cache != "none",
+            config.mask_token_id, tuple(eos), config.eos_threshold, input_ids.device,
+        )  # fmt: skip
+        canvas = Canvas(layout) if steps is None else steps.borrow(layout)
+        canvas.load(input_ids, attention_mask)
+        canvas = self._decode(canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator)
         while self._has_unfinished_sequences(True, synced_gpus, input_ids.device):
             self(input_ids=canvas.ids[:, -1:])  # only so that the other processes can gather their weights
         if streamer is not None:
             streamer.end()
-        return self._finish(canvas, config)
+        output = self._finish(canvas, config)
+        if steps is not None:
+            steps.give_back(canvas)
+        return output
 
     def _diffusion_stopping_criteria(self, config, stopping_criteria, tokenizer):
         config = copy.copy(config)  # length and end-of-text are the loop's own matter
@@ -484,37 +512,45 @@ class DiffusionGenerationMixin(GenerationMixin):
         sampling = GenerationConfig(do_sample=True, **{name: getattr(config, name) for name in SAMPLING_FIELDS})
         return processors, self._get_logits_processor(sampling, **common)
 
-    def _decode(self, canvas, config, processors, warpers, criteria, streamer, synced_gpus, generator):
-        """The loop. See the module's docstring."""
-        policy = POLICIES[config.unmasking]
+    def _decode(self, canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator):
+        """The loop. See the module's docstring. Returns the canvas that holds all rows."""
         clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
-        finished, reach, streamed = [0] * canvas.ids.shape[0], canvas.length, 0
+        finished, reach, streamed = [0] * canvas.layout.batch_size, canvas.length, 0
         # What a user gave may count on the rows that it was given with.
         rows_may_leave = not criteria and all(type(each) in POSITIONWISE_PROCESSORS for each in processors)
         for block, settings in self._blocks(config, generator):
-            if rows_may_leave and not all(finished) and sum(finished) >= LEAVING_SHARE * len(finished):
-                canvas.let_leave(finished)
-                finished = [0] * canvas.ids.shape[0]
+            if rows_may_leave and not all(finished):
+                canvas, finished = self._without_ended_rows(canvas, steps, finished)
+            canvas.enter(block)
             is_open, passes = not all(finished), itertools.count()
             while is_open:
                 self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
                 reach = max(reach, block.stop)
-                start, stop = self._computed_span(config, canvas.prompt_length, block, reach, next(passes))
-                logits = self._block_logits(canvas, block, reach, start, stop, processors)
-                statistics = token_statistics(logits, config.mask_token_id, warpers, generator)
-                undecided = canvas.undecided[:, block]
-                canvas.write(
-                    block, statistics, policy.select(statistics, undecided, generator=generator, **next(settings))
-                )
-                is_open, finished, decided, reach = canvas.look(block)
+                span = self._span(config, canvas.prompt_length, block, reach, next(passes))
+                canvas.setting.fill_(next(settings))
+                step = partial(self._step, canvas, span, config, processors, warpers, generator)
+                if steps is None:
+                    step()
+                else:
+                    steps.run(
+                        canvas,
+                        (
+                            span,
+                            canvas.block_length,
+                            *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
+                        ),
+                        step,
+                    )
+                is_open, finished, decided, reach = canvas.look()
                 is_late = any(clock(torch.empty(1, 0), None).any() for clock in clocks)
                 if is_late:
                     canvas.finish(canvas.end.new_tensor(decided))
                 if criteria and (is_late or not is_open):
                     self._finish_by_criteria(canvas, block, criteria)
                 if is_late or (criteria and not is_open):
-                    is_open, finished, decided, reach = canvas.look(block)
+                    canvas.observe()
+                    is_open, finished, decided, reach = canvas.look()
                 if streamer is not None:
                     hold_back = bool(criteria) and is_open  # a criterion may still cut inside the block
                     stop = block.start if hold_back else decided[0]
@@ -523,10 +559,31 @@ class DiffusionGenerationMixin(GenerationMixin):
                         streamed = stop
                     if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
                         streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
-        canvas.reunite()
+        while canvas.parent is not None:
+            parent = canvas.reunite()
+            if steps is not None:
+                steps.give_back(canvas)
+            canvas = parent
+        return canvas
+
+    def _without_ended_rows(self, canvas, steps, finished):
+        """Go on with a smaller canvas if enough rows have ended (a list of bool) for that to pay. Returns the canvas
+        and which of its rows have ended."""
+        size = staying = len(finished) - sum(finished)
+        if steps is not None:
+            size = 2 ** (staying - 1).bit_length()  # few sizes, so that graphs are found again; ended rows fill it
+        if size > (1 - LEAVING_SHARE) * len(finished):
+            return canvas, finished
+        rows = sorted(range(len(finished)), key=lambda row: finished[row])[:size]
+        layout = canvas.layout._replace(batch_size=size)
+        smaller = Canvas(layout) if steps is None else steps.borrow(layout)
+        smaller.take_rows(canvas, torch.tensor(rows, device=canvas.ids.device))
+        if steps is None:
+            canvas.cache = None
+        return smaller, [finished[row] for row in rows]
 
     def _blocks(self, config, generator):
-        """Each block of the answer, with what the policy is told in each of its steps."""
+        """Each block of the answer, with the policy's number for each of its steps."""
         policy, length = POLICIES[config.unmasking], config.block_length
         starts = range(0, config.max_new_tokens, length)
         for i, start in enumerate(starts):
@@ -534,34 +591,53 @@ class DiffusionGenerationMixin(GenerationMixin):
             if policy.is_scheduled:
                 steps = max(config.steps // len(starts) + (i < config.steps % len(starts)), 1)
                 counts = SCHEDULES[config.schedule](block.stop - start, steps, eps=config.eps, generator=generator)
-                yield block, ({"count": count, "temperature": config.unmasking_temperature} for count in counts)
+                yield block, iter(counts)
             else:
-                yield block, itertools.repeat({"threshold": config.threshold})
+                yield block, itertools.repeat(config.threshold)
 
-    def _computed_span(self, config, prompt_length, block, reach, number):
-        """The part of the canvas, as (start, stop), that a block's pass of this number (0, 1, ...) computes anew."""
-        whole, interval = (0, prompt_length + reach), config.cache_refresh_interval
+    def _span(self, config, prompt_length, block, reach, number):
+        """What a block's pass of this number (0, 1, ...) computes anew."""
+        seen, interval = prompt_length + reach, config.cache_refresh_interval
+        whole = Span(None, seen, seen)
         if config.block_cache == "none" or (interval and number % interval == 0):
             return whole
-        start = prompt_length + block.start - self.logits_shift  # from where the block's first token is predicted
+        before = self.logits_shift  # from where the block's first token is predicted
         if number == 0:
             if block.start == 0 or config.cache_refresh == "full":
                 return whole
-            start -= config.block_length
-        return start, prompt_length + (block.stop if config.block_cache == "dual" else reach)
+            before += config.block_length
+        stop = block.stop if config.block_cache == "dual" else reach
+        return Span(before, stop - block.start + before, seen)
 
-    def _block_logits(self, canvas, block, reach, start, stop, processors):
-        """Logits (B, K, V) that predict the block's positions, from a pass that computes the canvas from `start` to
-        `stop` and attends to the prompt and the first `reach` of the answer."""
-        seen = canvas.prompt_length + reach
-        positions = torch.arange(start, stop, device=canvas.ids.device)[None]
-        predicting = slice(*(canvas.prompt_length + i - self.logits_shift - start for i in (block.start, block.stop)))
-        arguments = {} if canvas.cache is None else {"past_key_values": canvas.cache.place(start, seen)}
+    def _step(self, canvas, span, config, processors, warpers, generator):
+        """One pass, and what the policy writes after it. Nothing here waits for the device, and what changes from step
+        to step is in the canvas: see `captured_step.py`."""
+        policy = POLICIES[config.unmasking]
+        logits = self._block_logits(canvas, span, processors)
+        statistics = token_statistics(logits, config.mask_token_id, warpers, generator)
+        number = {"threshold": canvas.setting}
+        if policy.is_scheduled:
+            number = {"count": canvas.setting, "temperature": config.unmasking_temperature}
+        undecided = canvas.undecided[:, canvas.block]
+        canvas.write(statistics, policy.select(statistics, undecided, generator=generator, **number))
+
+    def _block_logits(self, canvas, span, processors):
+        """Logits (B, K, V) that predict the block's positions, from a pass over a span of the canvas."""
+        start = canvas.prompt_length + canvas.block_start
+        predicting = canvas.offsets[: canvas.block_length] - self.logits_shift
+        if span.before is None:
+            columns, predicting = slice(span.size), start + predicting
+        else:
+            columns, predicting = start - span.before + canvas.offsets[: span.size], span.before + predicting
+        positions = canvas.offsets[None] if canvas.position_ids is None else canvas.position_ids
+        arguments = {}
+        if canvas.cache is not None:
+            arguments["past_key_values"] = canvas.cache.place(None if span.before is None else columns, span.seen)
         logits = self(
-            input_ids=canvas.ids[:, start:stop],
-            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, :seen],
-            position_ids=positions if canvas.position_ids is None else canvas.position_ids[:, start:stop],
-            logits_to_keep=positions[0, predicting] - start,
+            input_ids=canvas.ids[:, columns],
+            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, : span.seen],
+            position_ids=positions[:, columns],
+            logits_to_keep=predicting,
             **arguments,
         ).logits
         if canvas.cache is not None and not canvas.cache.keys:
@@ -572,7 +648,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             return logits
         if all(type(processor) in POSITIONWISE_PROCESSORS for processor in processors):
             return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
-        ids, first = canvas.ids, canvas.prompt_length + block.start
+        ids, first = canvas.ids, canvas.prompt_length + int(canvas.block_start)
         if canvas.position_ids is not None:
             # Padding is no text: show a token there that the row holds anyway.
             ids = torch.where(canvas.attention_mask == 0, ids[:, canvas.prompt_length - 1, None], ids)
@@ -583,28 +659,29 @@ class DiffusionGenerationMixin(GenerationMixin):
         """End the rows for which a criterion holds, at the first length inside the complete block at which it does."""
         end = canvas.end.new_full(canvas.end.shape, canvas.length + 1)
         for length in range(block.start + 1, block.stop + 1):
-            stops = criteria(canvas.ids[:, : canvas.prompt_length + length], None).to(end.device)
+            stops = criteria(canvas.ids[:, canvas.padding : canvas.prompt_length + length], None).to(end.device)
             end = torch.where(stops & (end > length) & (canvas.end >= length), length, end)
         canvas.finish(end)
 
     def _finish(self, canvas, config):
-        """Pad what is behind the end of each row, and make the output."""
+        """Pad what is behind the end of each row, and make the output. It shares nothing with the canvas, which may be
+        used again."""
         pad = config._pad_token_tensor
-        position = torch.arange(canvas.length, device=canvas.ids.device)
         if pad is not None:
-            behind = position >= canvas.end[:, None]
-            canvas.ids[:, canvas.prompt_length :] = torch.where(behind, pad, canvas.answer)
+            behind = canvas.offsets[: canvas.length] >= canvas.end[:, None]
+            canvas.answer.copy_(torch.where(behind, pad, canvas.answer))
+        sequences = canvas.ids[:, canvas.padding :].clone()
         if not config.return_dict_in_generate:
-            return canvas.ids
+            return sequences
         length = canvas.end
         if config._eos_token_tensor is not None:
             is_eos = torch.isin(canvas.answer, config._eos_token_tensor)
             first = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, canvas.length)
             length = torch.minimum(length, first)
         return DiffusionGenerationOutput(
-            sequences=canvas.ids,
-            num_forward_passes=canvas.num_passes,
+            sequences=sequences,
+            num_forward_passes=canvas.num_passes.clone(),
             tokens_per_forward=length / canvas.num_passes.clamp(min=1),
-            unmasking_step=canvas.unmasking_step,
-            unmasking_confidence=canvas.unmasking_confidence,
+            unmasking_step=canvas.unmasking_step.clone(),
+            unmasking_confidence=canvas.unmasking_confidence.clone(),
         )

@@ -18,11 +18,11 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import can_return_tuple
 
+from .bidirectional_mask import bidirectional_mask
 from .configuration_dream import DreamConfig
 from .generation_diffusion import (
     DiffusionGenerationMixin,
@@ -96,17 +96,7 @@ class DreamBaseModel(Qwen2Model):
             inputs_embeds = self.embed_tokens(input_ids)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
-        attention_mask = create_bidirectional_mask(
-            self.config,
-            inputs_embeds,
-            attention_mask,
-            None,
-            past_key_values,
-            # To find out that a mask hides nothing costs a wait for the device in every pass; whoever has no padding
-            # passes no mask.
-            allow_is_bidirectional_skip=attention_mask is None,
-        )
+        attention_mask = bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values)
         return super().forward(
             None,
             {"full_attention": attention_mask},  # in place of the causal one that it would make

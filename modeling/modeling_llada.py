@@ -7,15 +7,17 @@ The architecture is described in "Large Language Diffusion Models" (https://arxi
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .bidirectional_mask import bidirectional_mask
 from .configuration_llada import LLaDAConfig
 from .generation_diffusion import DiffusionGenerationMixin, select_positions
+from .packed_projections import project
+from .triton_kernels import fused_rms_norm, fused_rotate, fused_silu_product, suit_kernels
 
 
 class LLaDARMSNorm(nn.Module):
@@ -24,7 +26,13 @@ class LLaDARMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x):
+    def forward(self, x, residual=None):
+        """The norm of `x`; with a residual, the sum of the two and the norm of that."""
+        if suit_kernels(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps, residual)
+        if residual is not None:
+            total = residual + x
+            return total, self(total)
         normed = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
         return self.weight * normed.to(x.dtype)
 
@@ -40,8 +48,16 @@ def rotary_tables(position_ids, head_dim, theta):
 
 def rotate(x, cos, sin):
     """Rotary embedding of `x` (B, heads, T, head_dim), in float32 like the official code (`rope_full_precision`)."""
+    if suit_kernels(x):
+        return fused_rotate(x, cos, sin)
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
+
+
+def silu_product(gate, up):
+    if suit_kernels(gate, up):
+        return fused_silu_product(gate, up)
+    return nn.functional.silu(gate) * up
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -57,6 +73,8 @@ def eager_attention_forward(module, query, key, value, attention_mask, scaling, 
 
 class LLaDALlamaBlock(GradientCheckpointingLayer):
     """Attention and gated MLP, each behind a norm. The official code keeps all projections in the block itself."""
+
+    packed_projections = (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"))
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__()
@@ -78,8 +96,8 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
 
     def attention(self, x, position_embeddings, attention_mask, past_key_values, **kwargs):
         query, key, value = (
-            projection(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            for projected in project(x, (self.q_proj, self.k_proj, self.v_proj))
         )
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
@@ -94,9 +112,8 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         attended, weights = self.attention(
             self.attn_norm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
-        hidden_states = hidden_states + attended
-        x = self.ff_norm(hidden_states)
-        hidden_states = hidden_states + self.ff_out(nn.functional.silu(self.ff_proj(x)) * self.up_proj(x))
+        hidden_states, x = self.ff_norm(attended, residual=hidden_states)
+        hidden_states = hidden_states + self.ff_out(silu_product(*project(x, (self.ff_proj, self.up_proj))))
         return hidden_states, weights
 
 
@@ -152,17 +169,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
-        attention_mask = create_bidirectional_mask(
-            self.config,
-            hidden_states,
-            attention_mask,
-            None,
-            past_key_values,
-            # To find out that a mask hides nothing costs a wait for the device in every pass; whoever has no padding
-            # passes no mask.
-            allow_is_bidirectional_skip=attention_mask is None,
-        )
+        attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
         position_embeddings = rotary_tables(
             position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta
         )

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from .triton_kernels import fused_token_statistics, suit_kernels
+
 
 class TokenStatistics(NamedTuple):
     """Per position, each of shape (B, K).
@@ -33,6 +35,8 @@ def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> Tok
             `None` takes the likeliest token, the first one of equals.
         generator (`torch.Generator`, *optional*): randomness of the sampled choice.
     """
+    if warpers is None and suit_kernels(logits):
+        return TokenStatistics(*fused_token_statistics(logits, mask_token_id))
     log_probs = logits.float().log_softmax(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     log_probs[..., mask_token_id] = -torch.inf
@@ -40,7 +44,8 @@ def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> Tok
     best, token = log_probs.max(dim=-1)
     second = log_probs.scatter(-1, token[..., None], -torch.inf).amax(dim=-1)
     if warpers is not None:
-        scores = warpers(None, log_probs.flatten(0, 1))
-        token = torch.multinomial(scores.softmax(dim=-1), 1, generator=generator).view(log_probs.shape[:-1])
+        probs = warpers(None, log_probs.flatten(0, 1)).softmax(dim=-1).view_as(log_probs)
+        # A draw from them, as torch.multinomial makes it, but without its wait for the device.
+        token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
     confidence = log_probs.gather(-1, token[..., None])[..., 0].exp()
     return TokenStatistics(token, confidence, entropy, best.exp() - second.exp())

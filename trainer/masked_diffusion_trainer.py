@@ -268,7 +268,8 @@ class MaskedDiffusionTrainer(Trainer):
         positions, is_scored = gather_positions(masks.scored)
         outputs = model(
             input_ids=input_ids.masked_fill(masks.hidden, self.mask_token_id),
-            attention_mask=attention_mask,
+            # Without a mask, attention has faster kernels to choose from.
+            attention_mask=None if attention_mask.all() else attention_mask,
             logits_to_keep=positions - self.logits_shift * is_scored,
         )
         losses, metrics = self.losses_and_metrics(

@@ -28,6 +28,18 @@ BLOCK_LENGTH = 32
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
+def describe_machine():
+    """Where and when numbers were measured."""
+    is_gpu = torch.cuda.is_available()
+    return {
+        "date": str(date.today()),
+        "hardware": torch.cuda.get_device_name() if is_gpu else f"CPU, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+        },
+    }  # fmt: skip
+
+
 def seconds(function, device, repeats):
     """Of one call: the fastest of some, after one that does not count."""
     function()
@@ -118,7 +130,6 @@ def load(shape, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 4 8 32; box: 1 8")
     parser.add_argument("--prompt_lengths", type=int, nargs="+", help="default: 128 1024 3072; box: 64")
     parser.add_argument("--passes", type=int, nargs="+", help="default: 32 256; box: 16")
@@ -137,21 +148,13 @@ def main():
         if passes % (length // BLOCK_LENGTH) or length % BLOCK_LENGTH:
             parser.error(f"--passes {passes} --length {length}: blocks of {BLOCK_LENGTH} must share both evenly")
 
-    device = arguments.device
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     ceilings = measure_ceilings(device)
     model = load(arguments.shape, device)
-    results = {
-        "date": str(date.today()),
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-        "shape": arguments.shape,
-        "ceilings": ceilings,
-        "length": length,
-        "rows": [],
-    }  # fmt: skip
-    print(f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}")
+    results = describe_machine() | {"shape": arguments.shape, "ceilings": ceilings, "length": length, "rows": []}
+    print(
+        f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, {results['date']}"
+    )
     print(f"read {ceilings['bytes_per_second'] / 1e12:.3g} TB/s, ", end="")
     print(f"matrix products {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s, {arguments.shape}, G {length}\n")
     print("| batch | prompt | NFE | decoding | ms per NFE | floor | tokens/s | times the plain loop | GiB |")

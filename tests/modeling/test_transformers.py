@@ -109,7 +109,17 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
     assert found["text"] == word_tokenizer.decode(expected.sequences[0])
 
 
-SHARED = {"block_cache", "canvas", "generation_diffusion", "token_statistics", "unmasking"}
+SHARED = {
+    "bidirectional_mask",
+    "block_cache",
+    "canvas",
+    "captured_step",
+    "generation_diffusion",
+    "packed_projections",
+    "token_statistics",
+    "triton_kernels",
+    "unmasking",
+}
 
 
 def test_saved_folder_holds_all_remote_code_and_nothing_else(family, reader, tmp_path):

@@ -1,0 +1,220 @@
+"""How long a distillation step takes, and how much memory: `CertaintyForcingTrainer` beside a plain step and beside
+what the hardware allows.
+
+    python examples/benchmarks/training.py                # LLaDA-8B's shape, random weights: one GPU of 80 GB
+    python examples/benchmarks/training.py --shape box    # the model in the box, on a CPU in two minutes
+
+A step is forward, backward and optimizer for LoRA of rank 128 on q, k, v and up, as published, sequences of 384
+tokens, both complementary views. The plain step does it as research code does: one view after the other, logits of the
+whole sequence, losses on those. Each row is a process of its own, so that memory is its own. Prints a table and writes
+JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from datasets import Dataset
+from decoding import describe_machine, load, measure_ceilings
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
+from dparallel.trainer.lora import complete_lora_config
+from dparallel.trainer.masking import complementary_masks
+
+PROMPT_LENGTH, BLOCK_LENGTH = 128, 32
+KINDS = ("plain", "trainer", "trainer, compiled", "trainer, checkpointing")
+
+
+def adapter(rank):
+    return LoraConfig(r=rank, lora_alpha=rank, target_modules="published")
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def plain_steps(model, rows, arguments):
+    """Seconds of each step."""
+    model = get_peft_model(model, complete_lora_config(model, adapter(arguments.rank))).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-5, weight_decay=0.01)
+    mask_token_id, times = model.config.mask_token_id, []
+    response = (torch.arange(arguments.length) >= PROMPT_LENGTH).expand(arguments.micro_batch, -1)
+    for step in range(arguments.warm_up + arguments.steps):
+        synchronize()
+        start = time.perf_counter()
+        ids = rows[step * arguments.micro_batch :][: arguments.micro_batch].to(model.device)
+        example_ids = torch.arange(arguments.micro_batch)
+        views = complementary_masks(response, BLOCK_LENGTH, (0.5, 0.5), seed=0, epoch=step, example_id=example_ids)
+        total = 0.0
+        for hidden, scored in zip(views.hidden.chunk(2), views.scored.chunk(2), strict=True):
+            hidden, scored = hidden.to(ids.device), scored.to(ids.device)
+            with torch.autocast(ids.device.type, torch.bfloat16, enabled=ids.is_cuda):
+                logits = model(ids.masked_fill(hidden, mask_token_id)).logits
+            probs = (logits / 0.5).softmax(dim=-1)
+            entropy = -(probs * (probs + 1e-12).log()).sum(dim=-1)
+            right = scored & (logits.argmax(dim=-1) == ids)
+            total = total + F.cross_entropy(logits[scored].float(), ids[scored])
+            total = total + 2.0 * (entropy[right].mean() if right.any() else 0.0)
+        total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+class Stopwatch(TrainerCallback):
+    def __init__(self):
+        self.times = []
+
+    def on_step_begin(self, *args, **kwargs):
+        synchronize()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs):
+        synchronize()
+        self.times.append(time.perf_counter() - self.start)
+
+
+def trainer_steps(model, rows, arguments, tokenizer, output_dir):
+    """Seconds of each step."""
+    stopwatch, examples = Stopwatch(), [{"input_ids": row, "prompt_length": PROMPT_LENGTH} for row in rows.tolist()]
+    is_compiled, is_checkpointing = (arguments.kind.endswith(end) for end in ("compiled", "checkpointing"))
+    if is_compiled:
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
+    config = CertaintyForcingConfig(
+        output_dir=output_dir,
+        max_length=arguments.length,
+        masking="block",
+        certainty_weight=2.0,
+        per_device_train_batch_size=arguments.micro_batch,
+        max_steps=arguments.warm_up + arguments.steps,
+        bf16=torch.cuda.is_available(),
+        use_cpu=not torch.cuda.is_available(),
+        gradient_checkpointing=is_checkpointing,
+        torch_compile=is_compiled,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    trainer = CertaintyForcingTrainer(
+        model,
+        config,
+        train_dataset=Dataset.from_list(examples),
+        processing_class=tokenizer,
+        callbacks=[stopwatch],
+        peft_config=adapter(arguments.rank),
+    )
+    trainer.train()
+    return stopwatch.times
+
+
+def floor(model, ceilings, arguments):
+    """Seconds that the products of a step take at least at the measured rate: forward, and backward to the inputs but
+    not to frozen weights; the head on the scored positions alone. Nothing of the adapter counts."""
+    config = model.config
+    head = model.get_output_embeddings().weight.numel()
+    weights = sum(parameter.numel() for parameter in model.parameters()) - head
+    weights -= 0 if config.weight_tying else model.get_input_embeddings().weight.numel()
+    tokens = 2 * arguments.micro_batch * arguments.length
+    forward = 2 * tokens * weights + 4 * tokens * arguments.length * config.d_model * config.n_layers
+    forward += 2 * arguments.micro_batch * BLOCK_LENGTH * head
+    return 2 * forward / ceilings["operations_per_second"]
+
+
+def measure(arguments):
+    """One row of the table, as JSON on the last line of the output."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ceilings = measure_ceilings(device)
+    model = load(arguments.shape, device)
+    model.config.use_cache = False
+    count = arguments.micro_batch * (arguments.warm_up + arguments.steps)
+    torch.manual_seed(0)
+    rows = torch.randint(5, model.config.vocab_size // 2, (count, arguments.length))
+    row = {"kind": arguments.kind, "micro_batch": arguments.micro_batch, "floor": floor(model, ceilings, arguments)}
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        if arguments.kind == "plain":
+            times = plain_steps(model, rows, arguments)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                times = trainer_steps(model, rows, arguments, any_tokenizer(model.config), folder)
+        row |= {"seconds": statistics.median(times[arguments.warm_up :]), "first": times[0]}
+    except torch.OutOfMemoryError:
+        row |= {"seconds": None, "first": None}
+    row["gibibytes"] = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
+    print(json.dumps({"ceilings": ceilings, "row": row}))
+
+
+def any_tokenizer(config):
+    """One that knows the end-of-text: the examples are ids already."""
+    from tokenizers import Tokenizer, models
+
+    vocabulary = {"<eos>": config.eos_token_id, "<other>": 1 + config.eos_token_id}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="<other>")),
+        eos_token="<eos>",
+        pad_token="<eos>",
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
+    parser.add_argument("--micro_batches", type=int, nargs="+", help="default: 1 2 4 8; box: 2")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default: 384; box: 192")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=5, help="that count, after --warm_up that do not")
+    parser.add_argument("--warm_up", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=Path("training.json"))
+    parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
+    parser.add_argument("--micro_batch", type=int, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    is_box = arguments.shape == "box"
+    arguments.length = arguments.length or (192 if is_box else 384)
+    if arguments.kind:
+        return measure(arguments)
+    results = {**describe_machine(), "shape": arguments.shape, "length": arguments.length, "rows": []}
+    print(f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+    print(f"{results['date']}: {arguments.shape}, LoRA of rank {arguments.rank}, {arguments.length} tokens\n")
+    print("| micro-batch | step | ms | floor | times the plain step | GiB |")
+    print("| --- " * 6 + "|", flush=True)
+    for micro_batch in arguments.micro_batches or ([2] if is_box else [1, 2, 4, 8]):
+        plain = None
+        for kind in arguments.kinds:
+            flags = {"kind": kind, "micro_batch": micro_batch}
+            flags |= {name: getattr(arguments, name) for name in ("shape", "length", "rank", "steps", "warm_up")}
+            command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in flags.items())]
+            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            result = json.loads(process.stdout.splitlines()[-1])
+            row, results["ceilings"] = result["row"], result["ceilings"]
+            results["rows"].append(row)
+            plain = row["seconds"] if kind == "plain" else plain
+            taken, memory = row["seconds"], row["gibibytes"]
+            print(
+                f"| {micro_batch} | {kind} | {'out of memory' if taken is None else f'{1000 * taken:.0f}'} | "
+                f"{1000 * row['floor']:.0f} | {f'{plain / taken:.1f}' if plain and taken else ''} | "
+                f"{'' if memory is None else f'{memory:.1f}'} |",
+                flush=True,
+            )
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../../../modeling/bidirectional_mask.py

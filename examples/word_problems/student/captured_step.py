@@ -1,0 +1,1 @@
+../../../modeling/captured_step.py

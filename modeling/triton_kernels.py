@@ -1,0 +1,228 @@
+"""What is between the matrix products of a step, each in one kernel: CUDA only, and without gradients.
+
+Each function has a plain twin where it is called, with the same rounding; `suit_kernels` says which one it is to be.
+"""
+
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+from transformers.utils import logging
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # PyTorch without CUDA
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+logger = logging.get_logger(__name__)
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def suit_kernels(*tensors) -> bool:
+    """Do these tensors suit the kernels?"""
+    first = tensors[0]
+    return (
+        first.is_cuda
+        and first.dtype in DTYPES
+        and all(tensor.dtype == first.dtype for tensor in tensors)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and _work_on(first.device)
+    )
+
+
+@lru_cache
+def _work_on(device) -> bool:
+    """Triton may be missing, or the compiler that it needs."""
+    if triton is None:
+        return False
+    try:
+        one = torch.ones(1, 16, device=device)
+        fused_rms_norm(one, one[0], 0.0)
+        return True
+    except Exception as error:  # of Triton, of a compiler or of the driver
+        logger.warning(f"Decoding goes without Triton kernels, since they failed: {error}")
+        return False
+
+
+jit = (lambda function: function) if triton is None else triton.jit
+
+
+# --- statistics of logits --------------------------------------------------------------------------------------------
+
+
+@jit
+def _merge(maximum, total, weighted, best, index, second):
+    """Of partial statistics, each a vector: those of the whole. `total` is the sum of exp(x - maximum) and `weighted`
+    that of exp(x - maximum) * (x - maximum); `best`, `index` and `second` are the two likeliest tokens."""
+    overall = tl.max(maximum, axis=0)
+    # Infinite differences count for nothing, but times 0 they would be NaN.
+    below = tl.maximum(maximum - tl.where(overall == float("-inf"), 0.0, overall), -1e30)
+    scale = tl.exp(below)
+    weighted = tl.sum((weighted + total * below) * scale, axis=0)
+    total = tl.sum(total * scale, axis=0)
+    winner = tl.max(best, axis=0)
+    token = tl.min(tl.where(best == winner, index, 2147483647), axis=0)
+    runner_up = tl.max(tl.where(index == token, second, best), axis=0)
+    return overall, total, weighted, winner, token, runner_up
+
+
+@jit
+def _partial_statistics(logits, partial, vocab_size, row_stride, mask_token_id, per_part, BLOCK: tl.constexpr):
+    """Of one part of the vocabulary in one row, by an online softmax in each lane."""
+    row, part, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    lanes = tl.arange(0, BLOCK)
+    start, stop = part * per_part, tl.minimum((part + 1) * per_part, vocab_size)
+    maximum, total, weighted = (
+        tl.full((BLOCK,), float("-inf"), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+        tl.zeros((BLOCK,), tl.float32),
+    )
+    best, second = tl.full((BLOCK,), float("-inf"), tl.float32), tl.full((BLOCK,), float("-inf"), tl.float32)
+    index = start + lanes
+    for first in range(start, stop, BLOCK):
+        token = first + lanes
+        x = tl.load(logits + row * row_stride + token, token < stop, float("-inf")).to(tl.float32)
+        higher = tl.maximum(maximum, x)
+        origin = tl.where(higher == float("-inf"), 0.0, higher)
+        below, difference = tl.maximum(maximum - origin, -1e30), tl.maximum(x - origin, -1e30)
+        scale, share = tl.exp(below), tl.exp(difference)
+        weighted = (weighted + total * below) * scale + share * difference
+        total = total * scale + share
+        maximum = higher
+        x = tl.where(token == mask_token_id, float("-inf"), x)
+        second = tl.maximum(second, tl.minimum(best, x))
+        index = tl.where(x > best, token, index)
+        best = tl.maximum(best, x)
+    # Where nothing but -inf was seen, the first token that may be chosen.
+    index = tl.where(index == mask_token_id, index + BLOCK, index)
+    maximum, total, weighted, best, index, second = _merge(maximum, total, weighted, best, index, second)
+    partial += (row * parts + part) * 6
+    tl.store(partial, maximum)
+    tl.store(partial + 1, total)
+    tl.store(partial + 2, weighted)
+    tl.store(partial + 3, best)
+    tl.store(partial + 4, index.to(tl.float32, bitcast=True))
+    tl.store(partial + 5, second)
+
+
+@jit
+def _whole_statistics(partial, tokens, statistics, parts, rows, PARTS: tl.constexpr):
+    row, part = tl.program_id(0), tl.arange(0, PARTS)
+    place, exists = partial + (row * parts + part) * 6, part < parts
+    overall, total, weighted, best, token, second = _merge(
+        tl.load(place, exists, float("-inf")),
+        tl.load(place + 1, exists, 0.0),
+        tl.load(place + 2, exists, 0.0),
+        tl.load(place + 3, exists, float("-inf")),
+        tl.load(place + 4, exists, float("inf")).to(tl.int32, bitcast=True),
+        tl.load(place + 5, exists, float("-inf")),
+    )
+    confidence = tl.exp(best - overall) / total
+    tl.store(tokens + row, token.to(tl.int64))
+    tl.store(statistics + row, confidence)
+    tl.store(statistics + rows + row, tl.log(total) - weighted / total)
+    tl.store(statistics + 2 * rows + row, confidence - tl.exp(second - overall) / total)
+
+
+def fused_token_statistics(logits, mask_token_id):
+    """Likeliest token but `[MASK]`, its probability, the entropy, and the margin to the second, of logits (B, K, V):
+    see `token_statistics.py`. Returns int64 and three float32, each (B, K)."""
+    vocab_size = logits.shape[-1]
+    if logits.stride(-1) != 1 or (logits.ndim == 3 and logits.stride(0) != logits.shape[1] * logits.stride(1)):
+        logits = logits.contiguous()
+    rows = logits.shape[:-1].numel()
+    tokens = torch.empty(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    statistics = torch.empty((3, *logits.shape[:-1]), dtype=torch.float32, device=logits.device)
+    block = min(1024, triton.next_power_of_2(vocab_size))
+    # Enough parts for some programs on each multiprocessor.
+    parts = max(min(512 // max(rows, 1), triton.cdiv(vocab_size, 4 * block)), 1)
+    per_part = triton.cdiv(triton.cdiv(vocab_size, parts), block) * block
+    parts = triton.cdiv(vocab_size, per_part)
+    partial = torch.empty((rows, parts, 6), dtype=torch.float32, device=logits.device)
+    _partial_statistics[rows, parts](
+        logits, partial, vocab_size, logits.stride(-2), mask_token_id, per_part, BLOCK=block, num_warps=4
+    )
+    _whole_statistics[rows,](partial, tokens, statistics, parts, rows, PARTS=triton.next_power_of_2(parts))
+    return tokens, *statistics
+
+
+# --- elementwise parts of a block ------------------------------------------------------------------------------------
+
+
+@jit
+def _rms_norm(x, residual, weight, total, out, size, eps, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    place, exists = row * size + columns, columns < size
+    values = tl.load(x + place, exists, 0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        values = (tl.load(residual + place, exists, 0.0).to(tl.float32) + values).to(total.dtype.element_ty)
+        tl.store(total + place, values, exists)
+        values = values.to(tl.float32)
+    normed = values / tl.sqrt(tl.sum(values * values, axis=0) / size + eps)
+    normed = normed.to(out.dtype.element_ty).to(tl.float32) * tl.load(weight + columns, exists, 0.0).to(tl.float32)
+    tl.store(out + place, normed, exists)
+
+
+def fused_rms_norm(x, weight, eps, residual=None):
+    """weight * x / sqrt(mean(x²) + eps), over the last dimension. With a residual of the same shape: the sum of the
+    two, and the norm of that."""
+    x = x.contiguous()
+    out, size = torch.empty_like(x), x.shape[-1]
+    total = None if residual is None else torch.empty_like(x)
+    block = triton.next_power_of_2(size)
+    _rms_norm[x.numel() // size,](
+        x, x if residual is None else residual.contiguous(), weight, x if total is None else total, out, size, eps,
+        HAS_RESIDUAL=residual is not None, BLOCK=block, num_warps=min(max(block // 512, 1), 16),
+    )  # fmt: skip
+    return out if residual is None else (total, out)
+
+
+@jit
+def _rotate(x, out, cos, sin, length, heads, batch_stride, head_stride, row_stride, table_stride,
+            HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    head, column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[:, None], tl.arange(0, HALF)[None, :]
+    exists = (head < heads) & (column < HALF)
+    source = x + batch * batch_stride + row * row_stride + head * head_stride + column
+    first = tl.load(source, exists, 0.0).to(tl.float32)
+    second = tl.load(source + HALF, exists, 0.0).to(tl.float32)
+    table = batch * table_stride + row * 2 * HALF + column
+    c, s = tl.load(cos + table), tl.load(sin + table)
+    target = out + ((batch * length + row) * heads + head) * 2 * HALF + column
+    tl.store(target, first * c - second * s, exists)
+    tl.store(target + HALF, second * c + first * s, exists)
+
+
+def fused_rotate(x, cos, sin):
+    """Rotary embedding of `x` (B, heads, T, head_dim), half of head_dim being a power of two, by tables (B or 1, 1, T,
+    head_dim) in float32 whose halves are equal."""
+    batch_size, heads, length, size = x.shape
+    out = torch.empty((batch_size, length, heads, size), dtype=x.dtype, device=x.device)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    _rotate[length, batch_size, triton.cdiv(heads, 8)](
+        x, out, cos, sin, length, heads, x.stride(0), x.stride(1), x.stride(2),
+        cos.stride(0) if cos.shape[0] > 1 else 0, HALF=size // 2, BLOCK=8, num_warps=2,
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+@jit
+def _silu_product(gate, up, out, gate_stride, up_stride, size, BLOCK: tl.constexpr):
+    row, columns = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    exists = columns < size
+    x = tl.load(gate + row * gate_stride + columns, exists, 0.0).to(tl.float32)
+    activated = (x / (1.0 + tl.exp(-x))).to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row * size + columns, activated * tl.load(up + row * up_stride + columns, exists, 0.0), exists)
+
+
+def fused_silu_product(gate, up):
+    """silu(gate) * up, both (B, T, D) with rows of any distance."""
+    size = gate.shape[-1]
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _silu_product[out.numel() // size, triton.cdiv(size, 2048)](
+        gate, up, out, gate.stride(-2), up.stride(-2), size, BLOCK=2048, num_warps=4
+    )
+    return out

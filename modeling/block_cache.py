@@ -7,6 +7,8 @@ values of other positions are those of an earlier one ("Fast-dLLM", https://arxi
 
 from transformers import Cache
 
+from .triton_kernels import fused_place, suit_kernels
+
 
 class BlockCache(Cache):
     """Keys and values of all positions of a canvas, each in a slot of its own. A pass over some of the positions
@@ -31,17 +33,19 @@ class BlockCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keep the rotated keys and the values (B, heads, Q, head_dim) of a pass over Q positions; returns those of
         all positions that it sees."""
-        kept = []
-        for states, layers in ((key_states, self.keys), (value_states, self.values)):
-            if layer_idx == len(layers):  # on the layer's own device
+        if layer_idx == len(self.keys):  # on the layer's own device
+            for states, layers in ((key_states, self.keys), (value_states, self.values)):
                 layers.append(states.new_zeros(*states.shape[:2], self.length, states.shape[3]))
-            if self.positions is None:
-                layers[layer_idx][:, :, : self.stop] = states
-                kept.append(states)
-            else:
-                layers[layer_idx].index_copy_(2, self.positions.to(states.device), states)
-                kept.append(layers[layer_idx][:, :, : self.stop])
-        return tuple(kept)
+        keys, values = self.keys[layer_idx], self.values[layer_idx]
+        positions = None if self.positions is None else self.positions.to(key_states.device)
+        if suit_kernels(key_states, value_states):
+            fused_place(key_states, value_states, keys, values, positions)
+        else:
+            slots = slice(self.stop) if positions is None else positions
+            keys[:, :, slots], values[:, :, slots] = key_states, value_states
+        if positions is None:
+            return key_states, value_states
+        return keys[:, :, : self.stop], values[:, :, : self.stop]
 
     def take_rows(self, other: "BlockCache", rows):
         """Keep what another cache of this length holds for these rows (a tensor of their numbers)."""

@@ -17,9 +17,9 @@ from .packed_projections import pack_projections
 
 logger = logging.get_logger(__name__)
 
-PROMPT_BUCKET = 64  # prompts are padded to a multiple of it, so that answers to prompts of all lengths share graphs
+PROMPT_BUCKET = 32  # prompts are padded to a multiple of it, so that answers to prompts of all lengths share graphs
 MAX_GRAPHS = 32  # of a canvas
-MAX_CANVASES = 8  # kept between calls, as long as they take
+MAX_CANVASES = 16  # kept between calls, as long as they take
 MAX_MEMORY_SHARE = 0.125  # of the device, all together; the last one is kept whatever it takes
 # Attention whose launches do not depend on what the tensors hold.
 CAPTURABLE_ATTENTION = ("sdpa", "eager")

@@ -39,8 +39,8 @@ class LLaDAConfig(PreTrainedConfig):
         n_heads (`int`, defaults to 32): query heads. Alias `num_attention_heads`.
         n_kv_heads (`int`, *optional*): key/value heads, a divisor of `n_heads`; all of them if unset. Alias
             `num_key_value_heads`.
-        mlp_hidden_size (`int`, *optional*): inner width of the gated MLP; `mlp_ratio * d_model` if unset. Alias
-            `intermediate_size`.
+        mlp_hidden_size (`int` or None, defaults to 12288): inner width of the gated MLP; `mlp_ratio * d_model` if
+            None. Alias `intermediate_size`.
         mlp_ratio (`int`, defaults to 4): see `mlp_hidden_size`.
         vocab_size (`int`, defaults to 126464): number of token ids.
         embedding_size (`int`, *optional*): rows of the embedding and of the head, at least `vocab_size`; equal to it
@@ -78,7 +78,7 @@ class LLaDAConfig(PreTrainedConfig):
     n_layers: int = 32
     n_heads: int = 32
     n_kv_heads: int | None = None
-    mlp_hidden_size: int | None = None
+    mlp_hidden_size: int | None = 12288
     mlp_ratio: int = 4
     vocab_size: int = 126464
     embedding_size: int | None = None

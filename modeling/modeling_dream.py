@@ -1,8 +1,7 @@
 """Dream: Qwen2 without the causal mask. The logits at position i - 1 predict the token at position i, as in the
 autoregressive model that Dream was trained from ("Dream 7B", https://arxiv.org/abs/2508.15487).
 
-Blocks, norms and rotary embedding are transformers' own Qwen2, whose module names are those of the official
-checkpoints.
+Module names are those of the official checkpoints, which are Qwen2's.
 """
 
 import warnings
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import Qwen2Model, Qwen2PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.generation import (
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -18,11 +17,12 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .bidirectional_mask import bidirectional_mask
 from .configuration_dream import DreamConfig
 from .generation_diffusion import (
     DiffusionGenerationMixin,
@@ -31,6 +31,8 @@ from .generation_diffusion import (
     require,
     select_positions,
 )
+from .layers import RMSNorm, attention, bidirectional_mask, silu_product
+from .packed_projections import project
 
 # `alg` of the official `diffusion_generate`, as policy and schedule.
 ALGORITHMS = {
@@ -66,20 +68,88 @@ class DreamRotaryEmbedding(Qwen2RotaryEmbedding):
         return self
 
 
-class DreamBaseModel(Qwen2Model):
-    """The transformer from token ids to normed hidden states."""
+class DreamAttention(nn.Module):
+    packed_projections = (("q_proj", "k_proj", "v_proj"),)
 
-    config_class = DreamConfig
+    def __init__(self, config: DreamConfig, layer_idx: int):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.is_causal = False  # read by transformers' attention functions
+        kv_size = config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs):
+        projected = project(x, (self.q_proj, self.k_proj, self.v_proj))
+        mixed, weights = attention(self, projected, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return self.o_proj(mixed), weights
+
+
+class DreamMLP(nn.Module):
+    packed_projections = (("gate_proj", "up_proj"),)
 
     def __init__(self, config: DreamConfig):
-        # Padding is end-of-text, whose embedding is learned like any other: Qwen2 would leave it out.
-        pad_token_id, config.pad_token_id = config.pad_token_id, None
-        super().__init__(config)
-        config.pad_token_id = pad_token_id
-        self.rotary_emb = DreamRotaryEmbedding(config)
-        for layer in self.layers:
-            layer.self_attn.is_causal = False  # read by transformers' attention functions
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def forward(self, x):
+        return self.down_proj(silu_product(*project(x, (self.gate_proj, self.up_proj))))
+
+
+class DreamDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: DreamConfig, layer_idx: int):
+        super().__init__()
+        self.self_attn = DreamAttention(config, layer_idx)
+        self.mlp = DreamMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        attended, weights = self.self_attn(
+            self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
+        )
+        hidden_states, x = self.post_attention_layernorm(attended, residual=hidden_states)
+        return hidden_states + self.mlp(x), weights
+
+
+class DreamPreTrainedModel(PreTrainedModel):
+    config_class = DreamConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DreamDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": DreamDecoderLayer,
+        "attentions": OutputRecorder(DreamDecoderLayer, index=1),
+    }
+
+
+class DreamBaseModel(DreamPreTrainedModel):
+    """The transformer from token ids to normed hidden states."""
+
+    def __init__(self, config: DreamConfig):
+        super().__init__(config)
+        # Padding is end-of-text, whose embedding is learned like any other: no `padding_idx`.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = DreamRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -87,31 +157,24 @@ class DreamBaseModel(Qwen2Model):
         position_ids: torch.LongTensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
-            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-        attention_mask = bidirectional_mask(self.config, inputs_embeds, attention_mask, past_key_values)
-        return super().forward(
-            None,
-            {"full_attention": attention_mask},  # in place of the causal one that it would make
-            position_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache=past_key_values is not None,  # never one of its own
-            **kwargs,
-        )
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
+        # In float32 whatever the dtype of the model, (B, 1, T, head_dim).
+        position_embeddings = [table[:, None] for table in self.rotary_emb(hidden_states.float(), position_ids)]
+        for layer in self.layers:
+            hidden_states, _ = layer(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
 
 
-class DreamModel(DiffusionGenerationMixin, Qwen2PreTrainedModel):
+class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
     """Dream with its head and parallel `generate()`. The logits at position i - 1 predict the token at position i."""
 
-    config_class = DreamConfig
     logits_shift = 1
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 

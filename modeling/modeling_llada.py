@@ -9,66 +9,23 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .bidirectional_mask import bidirectional_mask
 from .configuration_llada import LLaDAConfig
 from .generation_diffusion import DiffusionGenerationMixin, select_positions
+from .layers import RMSNorm, attention, bidirectional_mask, silu_product
 from .packed_projections import project
-from .triton_kernels import fused_rms_norm, fused_rotate, fused_silu_product, suit_kernels
-
-
-class LLaDARMSNorm(nn.Module):
-    def __init__(self, size, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, x, residual=None):
-        """The norm of `x`; with a residual, the sum of the two and the norm of that."""
-        if suit_kernels(x, self.weight):
-            return fused_rms_norm(x, self.weight, self.eps, residual)
-        if residual is not None:
-            total = residual + x
-            return total, self(total)
-        normed = nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps)
-        return self.weight * normed.to(x.dtype)
 
 
 def rotary_tables(position_ids, head_dim, theta):
-    """Cosine and sine of the rotary angles, float32, (B, 1, T, head_dim). Recomputed in each pass: it costs nothing,
-    and there is no buffer that a cast or a meta device could spoil."""
+    """Cosine and sine of the rotary angles, float32 like in the official code (`rope_full_precision`), (B, 1, T,
+    head_dim). Recomputed in each pass: it costs nothing, and there is no buffer that a cast or a meta device could
+    spoil."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding of `x` (B, heads, T, head_dim), in float32 like the official code (`rope_full_precision`)."""
-    if suit_kernels(x):
-        return fused_rotate(x, cos, sin)
-    first, second = x.float().chunk(2, dim=-1)
-    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
-
-
-def silu_product(gate, up):
-    if suit_kernels(gate, up):
-        return fused_silu_product(gate, up)
-    return nn.functional.silu(gate) * up
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention written out, for `attn_implementation="eager"`; the other implementations are transformers' own."""
-    key = key.repeat_interleave(module.num_key_value_groups, dim=1)
-    value = value.repeat_interleave(module.num_key_value_groups, dim=1)
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-    return (weights @ value).transpose(1, 2), weights
 
 
 class LLaDALlamaBlock(GradientCheckpointingLayer):
@@ -84,35 +41,20 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         self.is_causal = False  # read by transformers' attention functions
         kv_size = config.n_kv_heads * self.head_dim
-        self.attn_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
         self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
         self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
         self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
-        self.ff_norm = LLaDARMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
-    def attention(self, x, position_embeddings, attention_mask, past_key_values, **kwargs):
-        query, key, value = (
-            projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-            for projected in project(x, (self.q_proj, self.k_proj, self.v_proj))
-        )
-        query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        mixed, weights = attend(
-            self, query, key, value, attention_mask, dropout=0.0, scaling=self.head_dim**-0.5, **kwargs
-        )
-        return self.attn_out(mixed.flatten(2)), weights
-
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        attended, weights = self.attention(
-            self.attn_norm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
-        )
-        hidden_states, x = self.ff_norm(attended, residual=hidden_states)
+        projected = project(self.attn_norm(hidden_states), (self.q_proj, self.k_proj, self.v_proj))
+        mixed, weights = attention(self, projected, position_embeddings, attention_mask, past_key_values, **kwargs)
+        hidden_states, x = self.ff_norm(self.attn_out(mixed), residual=hidden_states)
         hidden_states = hidden_states + self.ff_out(silu_product(*project(x, (self.ff_proj, self.up_proj))))
         return hidden_states, weights
 
@@ -141,7 +83,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             {
                 "wte": nn.Embedding(config.embedding_size, config.d_model),
                 "blocks": nn.ModuleList(LLaDALlamaBlock(config, i) for i in range(config.n_layers)),
-                "ln_f": LLaDARMSNorm(config.d_model, config.rms_norm_eps),
+                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
                 "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
             }
         )

@@ -18,6 +18,8 @@ except ImportError:  # PyTorch without CUDA
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (16, 32, 64, 128)  # of `fused_rotate` and `fused_attention`
+MAX_QUERIES = 64  # of `fused_attention`: a block, and the one before it
 
 
 def suit_kernels(*tensors) -> bool:
@@ -181,32 +183,70 @@ def fused_rms_norm(x, weight, eps, residual=None):
 
 
 @jit
-def _rotate(x, out, cos, sin, length, heads, batch_stride, head_stride, row_stride, table_stride,
+def _rotate(query, key, new_query, new_key, cos, sin, length, query_heads, key_heads,
+            query_batch, query_head, query_row, key_batch, key_head, key_row, table_stride,
             HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    head, column = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[:, None], tl.arange(0, HALF)[None, :]
-    exists = (head < heads) & (column < HALF)
-    source = x + batch * batch_stride + row * row_stride + head * head_stride + column
-    first = tl.load(source, exists, 0.0).to(tl.float32)
-    second = tl.load(source + HALF, exists, 0.0).to(tl.float32)
+    """Some heads of the queries or of the keys at one position, in a row of the batch."""
+    row, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    parts = tl.cdiv(query_heads, BLOCK)
+    if part < parts:
+        source, target, heads = query + batch * query_batch + row * query_row, new_query, query_heads
+        stride, first_head = query_head, part * BLOCK
+    else:
+        source, target, heads = key + batch * key_batch + row * key_row, new_key, key_heads
+        stride, first_head = key_head, (part - parts) * BLOCK
+    head, column = (first_head + tl.arange(0, BLOCK))[:, None], tl.arange(0, HALF)[None, :]
+    exists = head < heads
+    first = tl.load(source + head * stride + column, exists, 0.0).to(tl.float32)
+    second = tl.load(source + head * stride + HALF + column, exists, 0.0).to(tl.float32)
     table = batch * table_stride + row * 2 * HALF + column
     c, s = tl.load(cos + table), tl.load(sin + table)
-    target = out + ((batch * length + row) * heads + head) * 2 * HALF + column
-    tl.store(target, first * c - second * s, exists)
-    tl.store(target + HALF, second * c + first * s, exists)
+    place = target + ((batch * length + row) * heads + head) * 2 * HALF + column
+    tl.store(place, first * c - second * s, exists)
+    tl.store(place + HALF, second * c + first * s, exists)
 
 
-def fused_rotate(x, cos, sin):
-    """Rotary embedding of `x` (B, heads, T, head_dim), half of head_dim being a power of two, by tables (B or 1, 1, T,
-    head_dim) in float32 whose halves are equal."""
-    batch_size, heads, length, size = x.shape
-    out = torch.empty((batch_size, length, heads, size), dtype=x.dtype, device=x.device)
+def fused_rotate(query, key, cos, sin):
+    """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim) in
+    float32 whose halves are equal."""
+    batch_size, query_heads, length, size = query.shape
+    key_heads = key.shape[1]
+    new_query = query.new_empty(batch_size, length, query_heads, size)
+    new_key = key.new_empty(batch_size, length, key_heads, size)
     cos, sin = cos.contiguous(), sin.contiguous()
-    _rotate[length, batch_size, triton.cdiv(heads, 8)](
-        x, out, cos, sin, length, heads, x.stride(0), x.stride(1), x.stride(2),
-        cos.stride(0) if cos.shape[0] > 1 else 0, HALF=size // 2, BLOCK=8, num_warps=2,
+    _rotate[length, batch_size, triton.cdiv(query_heads, 8) + triton.cdiv(key_heads, 8)](
+        query, key, new_query, new_key, cos, sin, length, query_heads, key_heads,
+        *query.stride()[:3], *key.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
+        HALF=size // 2, BLOCK=8, num_warps=2,
     )  # fmt: skip
-    return out.transpose(1, 2)
+    return new_query.transpose(1, 2), new_key.transpose(1, 2)
+
+
+@jit
+def _place(key, value, keys, values, positions, heads, size,
+           key_batch, key_head, key_row, value_batch, value_head, value_row, kept_batch, kept_head, kept_row,
+           HAS_POSITIONS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    head, column = (tl.program_id(2) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, SIZE)[None, :]
+    exists = (head < heads) & (column < size)
+    slot = tl.load(positions + row) if HAS_POSITIONS else row
+    place = batch * kept_batch + head * kept_head + slot * kept_row + column
+    source = key + batch * key_batch + row * key_row + head * key_head + column
+    tl.store(keys + place, tl.load(source, exists), exists)
+    source = value + batch * value_batch + row * value_row + head * value_head + column
+    tl.store(values + place, tl.load(source, exists), exists)
+
+
+def fused_place(key, value, keys, values, positions=None):
+    """Write keys and values (B, heads, Q, head_dim) into slots `positions` (Q,), or the first ones, of `keys` and
+    `values` (B, heads, T, head_dim), which lie alike."""
+    batch_size, heads, length, size = key.shape
+    key, value = (states if states.stride(-1) == 1 else states.contiguous() for states in (key, value))
+    _place[length, batch_size, triton.cdiv(heads, 8)](
+        key, value, keys, values, keys if positions is None else positions, heads, size,
+        *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
+        HAS_POSITIONS=positions is not None, HEADS=8, SIZE=triton.next_power_of_2(size), num_warps=4,
+    )  # fmt: skip
 
 
 @jit
@@ -225,4 +265,95 @@ def fused_silu_product(gate, up):
     _silu_product[out.numel() // size, triton.cdiv(size, 2048)](
         gate, up, out, gate.stride(-2), up.stride(-2), size, BLOCK=2048, num_warps=4
     )
+    return out
+
+
+# --- attention of a block --------------------------------------------------------------------------------------------
+
+
+@jit
+def _partial_attention(query, key, value, mask, out, sums, maxima, seen, queries, groups, scale, per_part,
+                       query_batch, query_head, query_row, key_batch, key_head, key_row,
+                       value_batch, value_head, value_row, mask_batch,
+                       HAS_MASK: tl.constexpr, IS_WHOLE: tl.constexpr,
+                       ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
+    """All queries of one head in a row of the batch against a part of the keys, by an online softmax to base 2."""
+    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    row, column, lane = tl.arange(0, ROWS), tl.arange(0, SIZE), tl.arange(0, KEYS)
+    exists = (row < queries)[:, None]
+    source = query + batch * query_batch + head * query_head + row[:, None] * query_row + column[None, :]
+    x = tl.load(source, exists, 0.0)
+    key += batch * key_batch + (head // groups) * key_head
+    value += batch * value_batch + (head // groups) * value_head
+    maximum = tl.full((ROWS,), -1e30, tl.float32)
+    total, weighted = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, SIZE), tl.float32)
+    stop = tl.minimum((part + 1) * per_part, seen)
+    for first in range(part * per_part, stop, KEYS):
+        position = first + lane
+        is_seen = position < stop
+        keys = tl.load(key + position[None, :] * key_row + column[:, None], is_seen[None, :], 0.0)
+        scores = tl.dot(x, keys) * scale
+        if HAS_MASK:
+            hidden = tl.load(mask + batch * mask_batch + position, is_seen, 0.0).to(tl.float32)
+            scores += hidden[None, :] * 1.4426950408889634
+        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        higher = tl.maximum(maximum, tl.max(scores, axis=1))
+        share, scale_before = tl.exp2(scores - higher[:, None]), tl.exp2(maximum - higher)
+        values = tl.load(value + position[:, None] * value_row + column[None, :], is_seen[:, None], 0.0)
+        total = total * scale_before + tl.sum(share, axis=1)
+        weighted = weighted * scale_before[:, None]
+        weighted += tl.dot(share.to(values.dtype), values)
+        maximum = higher
+    heads, parts = tl.num_programs(1), tl.num_programs(0)
+    if IS_WHOLE:
+        place = out + ((batch * queries + row) * heads + head)[:, None] * SIZE + column[None, :]
+        tl.store(place, weighted / total[:, None], exists)
+    else:
+        place = ((batch * heads + head) * parts + part) * ROWS + row
+        tl.store(out + place[:, None] * SIZE + column[None, :], weighted)
+        tl.store(sums + place, total)
+        tl.store(maxima + place, maximum)
+
+
+@jit
+def _whole_attention(partial, sums, maxima, out, parts, ROWS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr):
+    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    queries, heads = tl.num_programs(0), tl.num_programs(1)
+    part, column = tl.arange(0, PARTS), tl.arange(0, SIZE)
+    exists = part < parts
+    place = ((batch * heads + head) * parts + part) * ROWS + row
+    maximum = tl.load(maxima + place, exists, -1e30)
+    scale = tl.exp2(maximum - tl.max(maximum, axis=0))
+    weighted = tl.load(partial + place[:, None] * SIZE + column[None, :], exists[:, None], 0.0)
+    mixed = tl.sum(weighted * scale[:, None], axis=0) / tl.sum(tl.load(sums + place, exists, 0.0) * scale, axis=0)
+    tl.store(out + ((batch * queries + row) * heads + head) * SIZE + column, mixed)
+
+
+def fused_attention(query, key, value, mask, scaling):
+    """softmax(scaling * query key + mask) value for up to `MAX_QUERIES` queries (B, heads, Q, head_dim), against keys
+    and values (B, groups, T, head_dim). `mask` (B, 1, 1 or expanded, T) is added, and the same
+    for all queries; or None. Few queries occupy few multiprocessors, so many keys are shared out and put together
+    again (as in "Flash-Decoding", https://pytorch.org/blog/flash-decoding). Returns (B, Q, heads, head_dim)."""
+    batch_size, heads, queries, size = query.shape
+    groups, seen = heads // key.shape[1], key.shape[2]
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
+    rows, keys = max(triton.next_power_of_2(queries), 16), 64
+    parts = max(min(192 // (batch_size * heads), seen // 192), 1)
+    per_part = triton.cdiv(triton.cdiv(seen, parts), keys) * keys
+    parts = triton.cdiv(seen, per_part)
+    out = query.new_empty(batch_size, queries, heads, size)
+    partial = sums = maxima = out
+    if parts > 1:
+        shape, options = (batch_size, heads, parts, rows), {"dtype": torch.float32, "device": query.device}
+        partial, sums, maxima = torch.empty(*shape, size, **options), *torch.empty(2, *shape, **options)
+    _partial_attention[parts, heads, batch_size](
+        query, key, value, query if mask is None else mask, partial, sums, maxima, seen, queries, groups,
+        scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        0 if mask is None else mask.stride(0), HAS_MASK=mask is not None, IS_WHOLE=parts == 1,
+        ROWS=rows, KEYS=keys, SIZE=size, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    if parts > 1:
+        _whole_attention[queries, heads, batch_size](
+            partial, sums, maxima, out, parts, ROWS=rows, SIZE=size, PARTS=triton.next_power_of_2(parts), num_warps=4
+        )
     return out

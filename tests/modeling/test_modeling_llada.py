@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES
 from golden import load_cases
 
-from dparallel.modeling import LLaDAConfig
+from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 
 TINY = FAMILIES["llada"].shape
 
@@ -22,9 +22,14 @@ def test_hidden_states_are_the_published_ones():
 def test_standard_names_are_aliases():
     config = LLaDAConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, tie_word_embeddings=True)
     assert (config.d_model, config.n_layers, config.n_heads, config.weight_tying) == (64, 3, 4, True)
-    assert (
-        config.num_key_value_heads == 4 and config.intermediate_size == 256 and config.max_position_embeddings == 4096
-    )
+    assert config.num_key_value_heads == 4 and config.max_position_embeddings == 4096
+
+
+def test_defaults_are_those_of_llada_8b():
+    with torch.device("meta"):
+        model = LLaDAModelLM(LLaDAConfig())
+    assert sum(parameter.numel() for parameter in model.parameters()) == 8_015_581_184
+    assert LLaDAConfig(d_model=64, n_heads=4, mlp_hidden_size=None).intermediate_size == 256
 
 
 @pytest.mark.parametrize(

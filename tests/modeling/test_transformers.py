@@ -110,11 +110,11 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
 
 
 SHARED = {
-    "bidirectional_mask",
     "block_cache",
     "canvas",
     "captured_step",
     "generation_diffusion",
+    "layers",
     "packed_projections",
     "token_statistics",
     "triton_kernels",

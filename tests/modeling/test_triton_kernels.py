@@ -2,21 +2,23 @@
 interpreter."""
 
 import sys
+import types
 
 import pytest
 import torch
 
-from dparallel.modeling import modeling_llada, token_statistics, triton_kernels
+from dparallel.modeling import layers, modeling_llada, token_statistics, triton_kernels
 
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK = 3
+NARROW = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the interpreter cannot multiply bfloat16
 
 
 @pytest.fixture(autouse=True)
 def plain_functions_are_plain(monkeypatch):
-    for module in (modeling_llada, sys.modules["dparallel.modeling.token_statistics"]):
+    for module in (layers, sys.modules["dparallel.modeling.token_statistics"]):
         monkeypatch.setattr(module, "suit_kernels", lambda *tensors: False)
 
 
@@ -84,21 +86,83 @@ def test_norm(size, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("heads", "size"), [(4, 16), (12, 128)])
-def test_rotary_embedding(heads, size, dtype):
-    packed = random(2, 7, 3 * heads * size, dtype=dtype)
-    x = packed[..., heads * size : 2 * heads * size].unflatten(-1, (-1, size)).transpose(1, 2)
+@pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(3, 3, 16), (12, 2, 64)])
+def test_rotary_embedding(query_heads, key_heads, size, dtype):
+    packed = random(2, 7, (query_heads + 2 * key_heads) * size, dtype=dtype)  # rows of another length than theirs
+    heads = packed.unflatten(-1, (-1, size)).transpose(1, 2)
+    query, key = heads[:, :query_heads], heads[:, query_heads : query_heads + key_heads]
     for rows in (1, 2):
         positions = torch.randint(0, 500, (rows, 7), generator=torch.Generator().manual_seed(3)).to(DEVICE)
         tables = modeling_llada.rotary_tables(positions, size, 5e5)
-        assert_close(triton_kernels.fused_rotate(x, *tables), modeling_llada.rotate(x, *tables))
+        found = triton_kernels.fused_rotate(query, key, *tables)
+        for rotated, expected in zip(found, layers.rotate(query, key, *tables), strict=True):
+            assert_close(rotated, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "size"), [(3, 16), (10, 20)])
+@pytest.mark.parametrize("positions", [None, [8, 2, 5, 3]])
+def test_keys_and_values_find_their_slots(positions, heads, size, dtype):
+    key = random(2, 4, heads, size, dtype=dtype).transpose(1, 2)  # (B, heads, Q, size), each laid out in its own way
+    value = random(2, 4, 3 * heads, size, seed=1, dtype=dtype).transpose(1, 2)[:, heads : 2 * heads]
+    keys, values = random(2, heads, 9, size, seed=2, dtype=dtype), random(2, heads, 9, size, seed=3, dtype=dtype)
+    expected = keys.clone(), values.clone()
+    slots = list(range(4)) if positions is None else positions
+    for kept, states in zip(expected, (key, value), strict=True):
+        kept[:, :, slots] = states
+    positions = None if positions is None else torch.tensor(positions, device=DEVICE)
+    triton_kernels.fused_place(key, value, keys, values, positions)
+    assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [100, 4096])
 def test_gated_activation(size, dtype):
     gate, up = random(2, 5, 2 * size, scale=3, dtype=dtype).split(size, dim=-1)
-    assert_close(triton_kernels.fused_silu_product(gate, up), modeling_llada.silu_product(gate, up))
+    assert_close(triton_kernels.fused_silu_product(gate, up), layers.silu_product(gate, up))
+
+
+@pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
+@pytest.mark.parametrize(("batch_size", "queries", "seen"), [(1, 64, 700), (2, 3, 130), (40, 17, 64)])
+@pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (4, 2, 64)])
+def test_attention(batch_size, queries, seen, heads, groups, size, with_mask):
+    states = [
+        random(batch_size, length, count, size, seed=seed, dtype=NARROW).transpose(1, 2)
+        for seed, (length, count) in enumerate(((queries, heads), (seen + 5, groups), (seen + 5, groups)))
+    ]
+    query, key, value = states[0], states[1][:, :, :seen], states[2][:, :, :seen]
+    mask = None
+    if with_mask:  # of a row, whole parts of its keys
+        hidden = torch.arange(seen, device=DEVICE) < torch.arange(batch_size, device=DEVICE)[:, None] * 60 % seen
+        mask = torch.where(hidden, torch.finfo(NARROW).min, 0.0).to(NARROW)[:, None, None]
+        mask = mask.expand(-1, -1, queries, -1)
+    found = triton_kernels.fused_attention(query, key, value, mask, size**-0.5)
+    query, key, value = (each.float() for each in (query, key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, None if mask is None else mask.float(), enable_gqa=True
+    )
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=5e-3, rtol=1e-2)
+
+
+def test_only_masks_that_are_alike_for_all_queries_go_to_the_kernel(monkeypatch):
+    called = []
+    monkeypatch.setattr(layers, "suit_kernels", lambda *tensors: True)
+    monkeypatch.setattr(layers, "fused_attention", lambda *arguments: called.append("kernel"))
+    config = types.SimpleNamespace(_attn_implementation="sdpa")
+    module = types.SimpleNamespace(config=config, num_key_value_groups=1, is_causal=False)
+    states = [random(2, 4, 3, 16, dtype=torch.bfloat16).transpose(1, 2)] * 3
+
+    def runs_kernel(mask):
+        called.clear()
+        layers.attend(module, *states, mask, 0.25)
+        return bool(called)
+
+    one = torch.zeros(2, 1, 1, 4, dtype=torch.bfloat16, device=DEVICE)
+    assert runs_kernel(None) and runs_kernel(one.expand(-1, -1, 4, -1))
+    assert not runs_kernel(one.repeat(1, 1, 4, 1))
+    assert not runs_kernel(one.repeat(1, 3, 1, 1).expand(-1, -1, 4, -1))
+    config._attn_implementation = "eager"
+    assert not runs_kernel(None)
 
 
 def test_where_kernels_are_used():

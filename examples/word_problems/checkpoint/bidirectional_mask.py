@@ -1,1 +1,0 @@
-../../../modeling/bidirectional_mask.py

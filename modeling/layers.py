@@ -1,0 +1,114 @@
+"""What the layers of all families are made of beside their projections. Each part takes its kernel where that suits
+(`triton_kernels.py`), and else is plain PyTorch with the same rounding."""
+
+import torch
+from torch import nn
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .triton_kernels import (
+    HEAD_DIMS,
+    MAX_QUERIES,
+    fused_attention,
+    fused_rms_norm,
+    fused_rotate,
+    fused_silu_product,
+    suit_kernels,
+)
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        """The norm of `x`; with a residual, the sum of the two and the norm of that."""
+        if suit_kernels(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps, residual)
+        if residual is not None:
+            total = residual + x
+            return total, self(total)
+        return self.weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_values=None):
+    """What the attention implementation of `config` takes for keys that nothing may attend to.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        hidden_states (`torch.Tensor` of shape `(B, Q, D)`): input of the first layer.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at these keys. None if there are none: a mask
+            is not searched for zeros, since that would be a wait for the device in every pass.
+        past_key_values (`Cache`, *optional*): tells how many keys there are.
+    """
+    if attention_mask is None:
+        return None
+    # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
+    mask = create_bidirectional_mask(
+        config, hidden_states, attention_mask, None, past_key_values, allow_is_bidirectional_skip=False
+    )
+    if config._attn_implementation == "sdpa" and attention_mask.ndim == 2:
+        # Each layer would make this of a bool mask. It is the same for all queries.
+        mask = torch.where(mask[:, :, :1], 0.0, torch.finfo(hidden_states.dtype).min).to(hidden_states.dtype)
+        mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
+    return mask
+
+
+def attention(module, projected, position_embeddings, attention_mask, past_key_values, **kwargs):
+    """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim). Returns
+    what is to be projected back, and the weights if the implementation knows them."""
+    query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
+    query, key = rotate(query, key, *position_embeddings)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+    mixed, weights = attend(module, query, key, value, attention_mask, module.head_dim**-0.5, **kwargs)
+    return mixed.flatten(2), weights
+
+
+def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention of `query` (B, heads, Q, head_dim) to `key` and `value` (B, groups, T, head_dim), by the
+    implementation that the config of `module` names. Returns (B, Q, heads, head_dim), and the weights (B, heads, Q, T)
+    where that implementation knows them."""
+    implementation = module.config._attn_implementation
+    masks = () if attention_mask is None else (attention_mask,)
+    if (
+        implementation == "sdpa"
+        and query.shape[2] <= MAX_QUERIES
+        and query.shape[3] in HEAD_DIMS
+        and query.dtype.itemsize == 2
+        and suit_kernels(query, key, value, *masks)
+        and all(mask.shape[1] == 1 and mask.stride(2) == 0 for mask in masks)
+    ):
+        return fused_attention(query, key, value, attention_mask, scaling), None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain_attention)
+    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, for `attn_implementation="eager"`."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def rotate(query, key, cos, sin):
+    """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T, head_dim)
+    whose halves are equal."""
+    if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
+        return fused_rotate(query, key, cos, sin)
+    rotated = []
+    for x in (query, key):
+        first, second = x.float().chunk(2, dim=-1)
+        rotated.append((x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype))
+    return rotated
+
+
+def silu_product(gate, up):
+    if suit_kernels(gate, up):
+        return fused_silu_product(gate, up)
+    return nn.functional.silu(gate) * up

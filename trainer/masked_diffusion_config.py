@@ -11,7 +11,8 @@ from .losses import LOSS_WEIGHTINGS
 @dataclass
 class MaskedDiffusionConfig(TrainingArguments):
     """`TrainingArguments` with what masked diffusion needs. Defaults that differ from transformers': `learning_rate`
-    2e-5, `logging_steps` 10.
+    2e-5, `logging_steps` 10. Where rows differ in length (`max_length=None`, or a `response_length`),
+    `train_sampling_strategy="group_by_length"` saves padding.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.

@@ -17,17 +17,14 @@ a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
 import argparse
 import itertools
 import json
-import platform
 import statistics
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 from datasets import Dataset
-from evaluation import ANSWER_LENGTH, evaluate
+from evaluation import ANSWER_LENGTH, evaluate, here_and_now, paired_difference
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
 from train import generated_dataset
 from transformers import AutoTokenizer
@@ -174,13 +171,6 @@ def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
     return time.time() - start
 
 
-def here_and_now():
-    """Where and when a number was measured; a run that was cut may go on elsewhere."""
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return {"date": str(date.today()), "hardware": hardware, "versions": versions}
-
-
 def measure(path, decodings, problems, tokenizer, folder, **settings):
     """One row for each decoding: NFE, TPF, seconds, which problems were solved, where and when."""
     model = load(path)
@@ -227,13 +217,6 @@ def spread(results):
     values, sign = [value for value, _ in reached], "≤ " if any(is_bound for _, is_bound in reached) else ""
     mean = f"{sign}{statistics.mean(values):.1f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
-
-
-def paired_difference(rows, others):
-    """Difference of two accuracies on the same problems in points, with its 95% interval."""
-    differences = [int(a) - int(b) for a, b in zip(rows, others, strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{100 * mean:+.1f} ({100 * (mean - 1.96 * error):+.1f} to {100 * (mean + 1.96 * error):+.1f})"
 
 
 def report(results, folder):

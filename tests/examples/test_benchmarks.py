@@ -42,14 +42,35 @@ def test_floors(llada):
     assert decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "none", "") == pytest.approx(6 * whole)
 
 
-def test_the_decoding_benchmark_runs(tmp_path):
-    flags = "--shape box --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1".split()
+def run(script, flags, tmp_path):
+    """Its rows, and what it printed."""
     result = subprocess.run(
-        [sys.executable, SCRIPT, *flags, "--output", tmp_path / "out.json"],
+        [sys.executable, script, *flags.split(), "--output", tmp_path / "out.json"],
         capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    return json.loads((tmp_path / "out.json").read_text())["rows"], result.stdout
+
+
+def test_the_decoding_benchmark_runs(tmp_path):
+    flags = "--shape box --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1"
+    rows, printed = run(SCRIPT, flags, tmp_path)
     assert [row["decoding"] for row in rows] == ["plain loop", "none", "prefix", "dual", "dual,previous_block"]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
-    assert result.stdout.count("| 2 | 8 | 2 |") == 5
+    assert printed.count("| 2 | 8 | 2 |") == 5
+
+
+def test_the_training_benchmark_runs(tmp_path):
+    flags = "--shape box --micro_batches 2 --length 160 --rank 4 --steps 1 --warm_up 1 --kinds plain trainer"
+    rows, _ = run(SCRIPT.with_name("training.py"), flags, tmp_path)
+    assert [row["kind"] for row in rows] == ["plain", "trainer"]
+    assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
+
+
+def test_the_table_of_caches_is_made(tmp_path):
+    rows, _ = run(SCRIPT.parents[1] / "word_problems" / "caches.py", "--problems 3 --batch_size 3", tmp_path)
+    by_name = {(row["model"], row["cache"]): row for row in rows}
+    assert len(rows) == len(by_name) == 16
+    for model in ("teacher", "student"):
+        exact, same = by_name[model, "none"], by_name[model, "dual, every pass"]
+        assert exact["nfe"] == same["nfe"] and same["difference"] == "+0.0 (+0.0 to +0.0)"

@@ -388,3 +388,18 @@ def test_wrong_types(tmp_path, word_tokenizer, make_trainer, small_model):
         MaskedDiffusionTrainer(small_model(), TrainingArguments(str(tmp_path)), processing_class=word_tokenizer)
     with pytest.raises(ValueError, match="`train_dataset` is a list"):
         make_trainer(tmp_path, word_tokenizer, dataset=rows())
+
+
+def test_grouping_by_length_saves_padding(tmp_path, word_tokenizer):
+    lengths = torch.randint(1, 60, (256,), generator=torch.Generator().manual_seed(0)).tolist()
+    dataset = Dataset.from_list([{"prompt": "Sam", "completion": " so" * length} for length in lengths])
+
+    def share_of_padding(strategy):
+        trainer = build_trainer(
+            tmp_path, word_tokenizer, FAMILIES["llada"].small(), dataset,
+            max_length=None, train_sampling_strategy=strategy,
+        )  # fmt: skip
+        masks = [batch["attention_mask"] for batch in trainer.get_train_dataloader()]
+        return 1 - sum(mask.sum().item() for mask in masks) / sum(mask.numel() for mask in masks)
+
+    assert share_of_padding("group_by_length") < 0.1 < 0.25 < share_of_padding("random")

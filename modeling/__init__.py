@@ -10,6 +10,7 @@ from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .token_statistics import TokenStatistics, token_statistics
 from .tokenization_dream import DreamTokenizer
 from .unmasking import POLICIES
+from .unmasking_filter import UnmaskingFilter, UnmaskingFilterConfig
 
 __all__ = [
     "POLICIES",
@@ -24,6 +25,8 @@ __all__ = [
     "LLaDAModel",
     "LLaDAModelLM",
     "TokenStatistics",
+    "UnmaskingFilter",
+    "UnmaskingFilterConfig",
     "token_statistics",
 ]
 
@@ -31,3 +34,5 @@ for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
     AutoModelForCausalLM.register(config, model)
+AutoConfig.register(UnmaskingFilterConfig.model_type, UnmaskingFilterConfig)
+AutoModel.register(UnmaskingFilterConfig, UnmaskingFilter)

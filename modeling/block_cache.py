@@ -7,8 +7,6 @@ values of other positions are those of an earlier one ("Fast-dLLM", https://arxi
 
 from transformers import Cache
 
-from .triton_kernels import fused_place, suit_kernels
-
 
 class BlockCache(Cache):
     """Keys and values of all positions of a canvas, each in a slot of its own. A pass over some of the positions
@@ -33,19 +31,23 @@ class BlockCache(Cache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         """Keep the rotated keys and the values (B, heads, Q, head_dim) of a pass over Q positions; returns those of
         all positions that it sees."""
-        if layer_idx == len(self.keys):  # on the layer's own device
-            for states, layers in ((key_states, self.keys), (value_states, self.values)):
-                layers.append(states.new_zeros(*states.shape[:2], self.length, states.shape[3]))
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        positions = None if self.positions is None else self.positions.to(key_states.device)
-        if suit_kernels(key_states, value_states):
-            fused_place(key_states, value_states, keys, values, positions)
-        else:
-            slots = slice(self.stop) if positions is None else positions
-            keys[:, :, slots], values[:, :, slots] = key_states, value_states
-        if positions is None:
-            return key_states, value_states
-        return keys[:, :, : self.stop], values[:, :, : self.stop]
+        keys, values, slots = self.of_layer(layer_idx, key_states)
+        slots = slice(self.stop) if slots is None else slots
+        keys[:, :, slots], values[:, :, slots] = key_states, value_states
+        return self.seen(layer_idx)
+
+    def of_layer(self, layer_idx, like):
+        """Keys and values of all positions (B, heads, T, head_dim), and which of them the pass computes (Q,), None for
+        all before `stop`. At first, the device and so on are those of a tensor `like` (B, heads, Q, head_dim)."""
+        if layer_idx == len(self.keys):
+            for layers in (self.keys, self.values):
+                layers.append(like.new_zeros(*like.shape[:2], self.length, like.shape[3]))
+        positions = None if self.positions is None else self.positions.to(like.device)
+        return self.keys[layer_idx], self.values[layer_idx], positions
+
+    def seen(self, layer_idx):
+        """Keys and values that the pass attends to."""
+        return self.keys[layer_idx][:, :, : self.stop], self.values[layer_idx][:, :, : self.stop]
 
     def take_rows(self, other: "BlockCache", rows):
         """Keep what another cache of this length holds for these rows (a tensor of their numbers)."""

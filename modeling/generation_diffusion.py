@@ -11,6 +11,7 @@ import copy
 import itertools
 import math
 import numbers
+import os
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -34,6 +35,7 @@ from .canvas import Canvas, Layout
 from .captured_step import PROMPT_BUCKET, captured_steps
 from .token_statistics import token_statistics
 from .unmasking import POLICIES, SCHEDULES
+from .unmasking_filter import SUBFOLDER, UnmaskingFilter
 
 logger = logging.get_logger(__name__)
 
@@ -115,11 +117,11 @@ class DiffusionGenerationConfig(GenerationConfig):
     Args:
         block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter.
         unmasking (`str`, defaults to `"confidence_threshold"`): the policy. Thresholded: `"confidence_threshold"`,
-            `"confidence_factor"`, `"entropy_threshold"`, `"entropy_bound"`; scheduled: `"confidence"`, `"entropy"`,
-            `"margin"`, `"random"`. See `unmasking.py`.
+            `"confidence_factor"`, `"entropy_threshold"`, `"entropy_bound"`, `"learned_filter"`; scheduled:
+            `"confidence"`, `"entropy"`, `"margin"`, `"random"`. See `unmasking.py`.
         threshold (`float`): of a thresholded policy; defaults to 0.9 (a probability), 1.0 (a factor above 0), 0.5 and
-            0.1 (entropies in nats), in the order above. Naming another policy than the checkpoint's without a
-            threshold takes that policy's default, not the checkpoint's number.
+            0.1 (entropies in nats), 0.96 (a probability), in the order above. Naming another policy than the
+            checkpoint's without a threshold takes that policy's default, not the checkpoint's number.
         steps (`int`, defaults to `max_new_tokens`): forward passes of a scheduled policy in all, split as evenly as
             possible over the blocks, the first blocks getting more, at least one each.
         schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps:
@@ -247,6 +249,7 @@ class DiffusionGenerationMixin(GenerationMixin):
     `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream)."""
 
     logits_shift = 0
+    unmasking_filter = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -270,6 +273,24 @@ class DiffusionGenerationMixin(GenerationMixin):
                 )
             except OSError:
                 logger.info("No generation_config.json: decoding by the defaults and the token ids of the model.")
+        if getattr(self.generation_config, "unmasking", None) == "learned_filter" and pretrained_model_name_or_path:
+            folder = "/".join(filter(None, (repository.pop("subfolder", None), SUBFOLDER)))
+            try:
+                self.set_unmasking_filter(
+                    UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
+                )
+            except OSError:
+                logger.warning(f"The checkpoint decodes by a learned filter, but has none in `{folder}`.")
+
+    def set_unmasking_filter(self, unmasking_filter: UnmaskingFilter | None):
+        """Decode by this filter where `unmasking="learned_filter"`, and save it along with the model."""
+        # Not as a part of the model: neither its parameters nor its dtype are the model's.
+        self.__dict__["unmasking_filter"] = unmasking_filter
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
+            self.unmasking_filter.save_pretrained(os.path.join(save_directory, SUBFOLDER))
 
     def _prepare_generation_config(self, generation_config=None, **kwargs):
         """Arguments over `generation_config` over the checkpoint's configuration over the defaults. Returns the
@@ -368,6 +389,22 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
         return input_ids, attention_mask
 
+    def _check_filter(self, unmasking_filter, config, device):
+        """The filter to decode by, on the device, or None."""
+        if config.unmasking != "learned_filter":
+            allowed = f"left out with `unmasking={config.unmasking!r}`, which has no filter"
+            require(unmasking_filter is None, "unmasking_filter", unmasking_filter, allowed)
+            return None
+        if unmasking_filter is None:
+            unmasking_filter = self.unmasking_filter
+        ok = isinstance(unmasking_filter, UnmaskingFilter)
+        allowed = "an UnmaskingFilter with `unmasking='learned_filter'`, as the checkpoint has none of its own"
+        require(ok, "unmasking_filter", unmasking_filter, allowed)
+        length = unmasking_filter.config.block_length
+        allowed = f"{length}, as the filter was trained for blocks of that length"
+        require(config.block_length == length, "block_length", config.block_length, allowed)
+        return unmasking_filter.to(device).eval()
+
     def _set_length(self, config, prompt_length):
         """Settle `max_new_tokens` and `max_length` (prompt and answer together) for this prompt length."""
         limit = getattr(self.config, "max_position_embeddings", None) or math.inf
@@ -396,6 +433,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         streamer=None,
         tokenizer=None,
         generator: torch.Generator | None = None,
+        unmasking_filter: UnmaskingFilter | None = None,
         **kwargs,
     ) -> torch.LongTensor | DiffusionGenerationOutput:
         """Decode answers to a batch of prompts, several tokens per forward pass.
@@ -422,6 +460,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             generator (`torch.Generator`, *optional*): on the model's device, for all that is drawn: tokens, and
                 positions by `unmasking="random"`, `schedule="ancestral"` and `unmasking_temperature`. PyTorch's
                 global one if unset.
+            unmasking_filter (`UnmaskingFilter`, *optional*): of `unmasking="learned_filter"`; it moves to the model's
+                device. By default the one that the checkpoint carries (`set_unmasking_filter`).
             kwargs: `attention_mask` (B, P), 0 at padding, and any field of `DiffusionGenerationConfig`.
 
         Returns:
@@ -453,6 +493,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
         ok = generator is None or isinstance(generator, torch.Generator)
         require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
+        unmasking_filter = self._check_filter(unmasking_filter, config, input_ids.device)
 
         self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
         input_ids, model_kwargs = self._expand_inputs_for_generation(
@@ -481,7 +522,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         )  # fmt: skip
         canvas = Canvas(layout) if steps is None else steps.borrow(layout)
         canvas.load(input_ids, attention_mask)
-        canvas = self._decode(canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator)
+        canvas = self._decode(
+            canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator, unmasking_filter
+        )
         while self._has_unfinished_sequences(True, synced_gpus, input_ids.device):
             self(input_ids=canvas.ids[:, -1:])  # only so that the other processes can gather their weights
         if streamer is not None:
@@ -512,7 +555,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         sampling = GenerationConfig(do_sample=True, **{name: getattr(config, name) for name in SAMPLING_FIELDS})
         return processors, self._get_logits_processor(sampling, **common)
 
-    def _decode(self, canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator):
+    def _decode(
+        self, canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator, unmasking_filter
+    ):
         """The loop. See the module's docstring. Returns the canvas that holds all rows."""
         clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
@@ -529,7 +574,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 reach = max(reach, block.stop)
                 span = self._span(config, canvas.prompt_length, block, reach, next(passes))
                 canvas.setting.fill_(next(settings))
-                step = partial(self._step, canvas, span, config, processors, warpers, generator)
+                step = partial(self._step, canvas, span, config, processors, warpers, generator, unmasking_filter)
                 if steps is None:
                     step()
                 else:
@@ -538,6 +583,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                         (
                             span,
                             canvas.block_length,
+                            unmasking_filter,
                             *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
                         ),
                         step,
@@ -609,7 +655,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         stop = block.stop if config.block_cache == "dual" else reach
         return Span(before, stop - block.start + before, seen)
 
-    def _step(self, canvas, span, config, processors, warpers, generator):
+    def _step(self, canvas, span, config, processors, warpers, generator, unmasking_filter):
         """One pass, and what the policy writes after it. Nothing here waits for the device, and what changes from step
         to step is in the canvas: see `captured_step.py`."""
         policy = POLICIES[config.unmasking]
@@ -619,6 +665,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         if policy.is_scheduled:
             number = {"count": canvas.setting, "temperature": config.unmasking_temperature}
         undecided = canvas.undecided[:, canvas.block]
+        if unmasking_filter is not None:
+            statistics = statistics._replace(finality=unmasking_filter.finality(statistics, undecided))
         canvas.write(statistics, policy.select(statistics, undecided, generator=generator, **number))
 
     def _block_logits(self, canvas, span, processors):

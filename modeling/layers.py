@@ -6,6 +6,7 @@ from torch import nn
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .block_cache import BlockCache
 from .triton_kernels import (
     HEAD_DIMS,
     MAX_QUERIES,
@@ -60,9 +61,14 @@ def attention(module, projected, position_embeddings, attention_mask, past_key_v
     """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim). Returns
     what is to be projected back, and the weights if the implementation knows them."""
     query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
-    query, key = rotate(query, key, *position_embeddings)
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, module.layer_idx)
+    if isinstance(past_key_values, BlockCache) and query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value):
+        *kept, slots = past_key_values.of_layer(module.layer_idx, key)
+        query = fused_rotate(query, key, *position_embeddings, value, kept, slots)
+        key, value = past_key_values.seen(module.layer_idx)
+    else:
+        query, key = rotate(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, module.layer_idx)
     mixed, weights = attend(module, query, key, value, attention_mask, module.head_dim**-0.5, **kwargs)
     return mixed.flatten(2), weights
 
@@ -97,14 +103,14 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
 
 
 def rotate(query, key, cos, sin):
-    """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T, head_dim)
-    whose halves are equal."""
+    """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T,
+    head_dim / 2)."""
     if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
         return fused_rotate(query, key, cos, sin)
     rotated = []
     for x in (query, key):
         first, second = x.float().chunk(2, dim=-1)
-        rotated.append((x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype))
+        rotated.append(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype))
     return rotated
 
 

@@ -165,8 +165,10 @@ class DreamBaseModel(DreamPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
-        # In float32 whatever the dtype of the model, (B, 1, T, head_dim).
-        position_embeddings = [table[:, None] for table in self.rotary_emb(hidden_states.float(), position_ids)]
+        # In float32 whatever the dtype of the model, and of two equal halves the first: (B, 1, T, head_dim / 2).
+        position_embeddings = [
+            table.chunk(2, dim=-1)[0][:, None] for table in self.rotary_emb(hidden_states.float(), position_ids)
+        ]
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)

@@ -20,11 +20,10 @@ from .packed_projections import project
 
 def rotary_tables(position_ids, head_dim, theta):
     """Cosine and sine of the rotary angles, float32 like in the official code (`rope_full_precision`), (B, 1, T,
-    head_dim). Recomputed in each pass: it costs nothing, and there is no buffer that a cast or a meta device could
+    head_dim / 2). Recomputed in each pass: it costs nothing, and there is no buffer that a cast or a meta device could
     spoil."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
-    angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
 

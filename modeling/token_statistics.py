@@ -12,13 +12,15 @@ class TokenStatistics(NamedTuple):
 
     `token` is the choice (int64). `confidence` is its probability, `entropy` that of the whole distribution in nats,
     `margin` the probability of the best token less that of the second best; all float32, all of the distribution
-    before temperature, top-k and top-p.
+    before temperature, top-k and top-p. `finality` is the probability, by a learned filter, that the choice is final
+    (`unmasking_filter.py`); None without one.
     """
 
     token: torch.Tensor
     confidence: torch.Tensor
     entropy: torch.Tensor
     margin: torch.Tensor
+    finality: torch.Tensor | None = None
 
 
 def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> TokenStatistics:

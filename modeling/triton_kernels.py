@@ -183,70 +183,59 @@ def fused_rms_norm(x, weight, eps, residual=None):
 
 
 @jit
-def _rotate(query, key, new_query, new_key, cos, sin, length, query_heads, key_heads,
-            query_batch, query_head, query_row, key_batch, key_head, key_row, table_stride,
-            HALF: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Some heads of the queries or of the keys at one position, in a row of the batch."""
-    row, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    parts = tl.cdiv(query_heads, BLOCK)
+def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, slots, length, query_heads, key_heads,
+            query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
+            new_batch, new_head, new_row, table_stride,
+            HAS_VALUE: tl.constexpr, HAS_SLOTS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+    """Some heads of the queries, or of the keys and values, at one position in a row of the batch."""
+    row, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    parts, column = tl.cdiv(query_heads, HEADS), tl.arange(0, HALF)[None, :]
     if part < parts:
-        source, target, heads = query + batch * query_batch + row * query_row, new_query, query_heads
-        stride, first_head = query_head, part * BLOCK
+        head = (part * HEADS + tl.arange(0, HEADS))[:, None]
+        exists = head < query_heads
+        source = query + batch * query_batch + row * query_row + head * query_head + column
+        target = new_query + ((batch * length + row) * query_heads + head) * 2 * HALF + column
     else:
-        source, target, heads = key + batch * key_batch + row * key_row, new_key, key_heads
-        stride, first_head = key_head, (part - parts) * BLOCK
-    head, column = (first_head + tl.arange(0, BLOCK))[:, None], tl.arange(0, HALF)[None, :]
-    exists = head < heads
-    first = tl.load(source + head * stride + column, exists, 0.0).to(tl.float32)
-    second = tl.load(source + head * stride + HALF + column, exists, 0.0).to(tl.float32)
-    table = batch * table_stride + row * 2 * HALF + column
+        head = ((part - parts) * HEADS + tl.arange(0, HEADS))[:, None]
+        exists = head < key_heads
+        slot = tl.load(slots + row) if HAS_SLOTS else row
+        place = batch * new_batch + slot * new_row + head * new_head + column
+        source, target = key + batch * key_batch + row * key_row + head * key_head + column, new_key + place
+        if HAS_VALUE:
+            moved = value + batch * value_batch + row * value_row + head * value_head + column
+            tl.store(new_value + place, tl.load(moved, exists), exists)
+            tl.store(new_value + place + HALF, tl.load(moved + HALF, exists), exists)
+    first, second = tl.load(source, exists, 0.0).to(tl.float32), tl.load(source + HALF, exists, 0.0).to(tl.float32)
+    table = batch * table_stride + row * HALF + column
     c, s = tl.load(cos + table), tl.load(sin + table)
-    place = target + ((batch * length + row) * heads + head) * 2 * HALF + column
-    tl.store(place, first * c - second * s, exists)
-    tl.store(place + HALF, second * c + first * s, exists)
+    tl.store(target, first * c - second * s, exists)
+    tl.store(target + HALF, second * c + first * s, exists)
 
 
-def fused_rotate(query, key, cos, sin):
-    """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim) in
-    float32 whose halves are equal."""
+def fused_rotate(query, key, cos, sin, value=None, kept=None, slots=None):
+    """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim / 2) in float32.
+
+    Returns queries and keys. With `kept`, a pair of tensors (B, key heads, slots, head_dim) that lie alike, the keys
+    and, as they are, the `value` go into their slots of the given numbers (T,), or into the first ones; the queries
+    alone are returned."""
     batch_size, query_heads, length, size = query.shape
     key_heads = key.shape[1]
     new_query = query.new_empty(batch_size, length, query_heads, size)
-    new_key = key.new_empty(batch_size, length, key_heads, size)
+    if kept is None:
+        new_key = key.new_empty(batch_size, length, key_heads, size).transpose(1, 2)
+        value, new_value = key, new_key
+    else:
+        new_key, new_value = kept
+    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     cos, sin = cos.contiguous(), sin.contiguous()
     _rotate[length, batch_size, triton.cdiv(query_heads, 8) + triton.cdiv(key_heads, 8)](
-        query, key, new_query, new_key, cos, sin, length, query_heads, key_heads,
-        *query.stride()[:3], *key.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0,
-        HALF=size // 2, BLOCK=8, num_warps=2,
+        query, key, value, new_query, new_key, new_value, cos, sin, cos if slots is None else slots, length,
+        query_heads, key_heads, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0,
+        HAS_VALUE=kept is not None, HAS_SLOTS=slots is not None, HALF=size // 2, HEADS=8, num_warps=2,
     )  # fmt: skip
-    return new_query.transpose(1, 2), new_key.transpose(1, 2)
-
-
-@jit
-def _place(key, value, keys, values, positions, heads, size,
-           key_batch, key_head, key_row, value_batch, value_head, value_row, kept_batch, kept_head, kept_row,
-           HAS_POSITIONS: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    head, column = (tl.program_id(2) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, SIZE)[None, :]
-    exists = (head < heads) & (column < size)
-    slot = tl.load(positions + row) if HAS_POSITIONS else row
-    place = batch * kept_batch + head * kept_head + slot * kept_row + column
-    source = key + batch * key_batch + row * key_row + head * key_head + column
-    tl.store(keys + place, tl.load(source, exists), exists)
-    source = value + batch * value_batch + row * value_row + head * value_head + column
-    tl.store(values + place, tl.load(source, exists), exists)
-
-
-def fused_place(key, value, keys, values, positions=None):
-    """Write keys and values (B, heads, Q, head_dim) into slots `positions` (Q,), or the first ones, of `keys` and
-    `values` (B, heads, T, head_dim), which lie alike."""
-    batch_size, heads, length, size = key.shape
-    key, value = (states if states.stride(-1) == 1 else states.contiguous() for states in (key, value))
-    _place[length, batch_size, triton.cdiv(heads, 8)](
-        key, value, keys, values, keys if positions is None else positions, heads, size,
-        *key.stride()[:3], *value.stride()[:3], *keys.stride()[:3],
-        HAS_POSITIONS=positions is not None, HEADS=8, SIZE=triton.next_power_of_2(size), num_warps=4,
-    )  # fmt: skip
+    new_query = new_query.transpose(1, 2)
+    return new_query if kept is not None else (new_query, new_key)
 
 
 @jit

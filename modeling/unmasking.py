@@ -63,6 +63,12 @@ def entropy_bound(statistics, masked, *, threshold, generator=None):
     return masked & (before.gather(-1, ranks) <= threshold) | best(-statistics.entropy, masked)
 
 
+def learned_filter(statistics, masked, *, threshold, generator=None):
+    """Final with a probability above `threshold`, by a learned filter, or the most confident. Learn2PD,
+    https://arxiv.org/abs/2509.25188."""
+    return masked & (statistics.finality > threshold) | best(statistics.confidence, masked)
+
+
 # --- scheduled: the number per step is given, the order goes by certainty --------------------------------------------
 
 
@@ -158,6 +164,7 @@ POLICIES = {
     "confidence_factor": Policy(confidence_factor, default=1.0, low_is_allowed=False),
     "entropy_threshold": Policy(entropy_threshold, default=0.5),
     "entropy_bound": Policy(entropy_bound, default=0.1, low_is_allowed=False),
+    "learned_filter": Policy(learned_filter, default=0.96, high=1.0),
     "confidence": Policy(confidence),
     "entropy": Policy(entropy),
     "margin": Policy(margin),

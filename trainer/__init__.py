@@ -2,6 +2,14 @@
 
 from .certainty_forcing_config import CertaintyForcingConfig
 from .certainty_forcing_trainer import CertaintyForcingTrainer
+from .filter_trainer import (
+    FilterConfig,
+    FilterTrainer,
+    acceptance_rates,
+    choose_threshold,
+    oracle_passes,
+    record_oracle,
+)
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer, last_complete_checkpoint
 from .trajectories import generate_trajectories
@@ -10,8 +18,14 @@ __all__ = [
     "CertaintyForcingConfig",
     "CertaintyForcingTrainer",
     "DataCollatorForMaskedDiffusion",
+    "FilterConfig",
+    "FilterTrainer",
     "MaskedDiffusionConfig",
     "MaskedDiffusionTrainer",
+    "acceptance_rates",
+    "choose_threshold",
     "generate_trajectories",
     "last_complete_checkpoint",
+    "oracle_passes",
+    "record_oracle",
 ]

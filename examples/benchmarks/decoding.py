@@ -6,8 +6,9 @@
 Every row is one way of decoding `--length` tokens in blocks of 32 with a fixed number of passes (`unmasking=
 "confidence"`, `steps`), so that random weights take as many as trained ones. The plain loop is what research code
 does, with the same weights and in the same run: the head on the whole sequence, softmax in float64, tokens written one
-by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. Prints a table and
-writes JSON.
+by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. On a GPU, the captured
+steps are also timed alone: the longest is a pass over the whole canvas, the shortest one over what the cache leaves;
+what they do not explain of the time of `generate()` is the host's. Prints a table and writes JSON.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import itertools
 import json
 import platform
 import time
+from collections import Counter
 from datetime import date
 from pathlib import Path
 
@@ -22,6 +24,7 @@ import torch
 import transformers
 
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
+from dparallel.modeling.captured_step import captured_steps
 
 BOX = Path(__file__).parents[1] / "word_problems" / "checkpoint"
 BLOCK_LENGTH = 32
@@ -116,6 +119,32 @@ def plain_loop(model, prompts, length, passes):
     return canvas
 
 
+def time_steps(model, decode):
+    """Replay each captured step of a decoding alone. Returns seconds of each kind, the longest first, and of all steps
+    that the decoding makes."""
+    steps, counts = captured_steps(model), Counter()
+    run = steps.run
+
+    def count(canvas, key, step):
+        counts[key] += 1
+        run(canvas, key, step)
+
+    steps.run = count
+    decode()
+    del steps.run
+    canvas, taken = next(reversed(steps.canvases.values())), {}
+    for key in counts:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        canvas.graphs[key].replay()
+        begin.record()
+        for _ in range(5):
+            canvas.graphs[key].replay()
+        end.record()
+        torch.cuda.synchronize()
+        taken[key] = begin.elapsed_time(end) / 5000
+    return sorted(taken.values(), reverse=True), sum(taken[key] * number for key, number in counts.items())
+
+
 def load(shape, device):
     if shape == "box":
         return LLaDAModelLM.from_pretrained(BOX, dtype=DTYPES[device]).to(device).eval()
@@ -157,8 +186,11 @@ def main():
     )
     print(f"read {ceilings['bytes_per_second'] / 1e12:.3g} TB/s, ", end="")
     print(f"matrix products {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s, {arguments.shape}, G {length}\n")
-    print("| batch | prompt | NFE | decoding | ms per NFE | floor | tokens/s | times the plain loop | GiB |")
-    print("| --- " * 9 + "|", flush=True)
+    print(
+        "| batch | prompt | NFE | decoding | ms per NFE | floor | steps alone | host | tokens/s | times the plain loop | "
+        "GiB |"
+    )
+    print("| --- " * 11 + "|", flush=True)
     decodings = [] if arguments.no_plain else ["plain loop"]
     for prompt_length, batch_size, passes in itertools.product(prompt_lengths, batch_sizes, all_passes):
         prompts = torch.randint(5, model.config.vocab_size // 2, (batch_size, prompt_length), device=device)
@@ -176,7 +208,7 @@ def main():
 
                 def decode(prompts=prompts, settings=settings):
                     return model.generate(
-                        prompts, max_new_tokens=length, block_length=BLOCK_LENGTH, unmasking="confidence",
+                        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=length, block_length=BLOCK_LENGTH, unmasking="confidence",
                         stop_at_eos=False, **settings,
                     )  # fmt: skip
 
@@ -189,14 +221,20 @@ def main():
                 taken = seconds(decode, device, arguments.repeats)
             except torch.OutOfMemoryError:
                 results["rows"].append({**row, "seconds": None})
-                print(f"| {batch_size} | {prompt_length} | {passes} | {decoding} | out of memory |||||", flush=True)
+                print(f"| {batch_size} | {prompt_length} | {passes} | {decoding} | out of memory |||||||", flush=True)
                 continue
             plain = taken if decoding == "plain loop" else plain
             memory = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None
-            results["rows"].append({**row, "seconds": taken, "floor": least, "plain": plain, "gibibytes": memory})
+            row |= {"seconds": taken, "floor": least, "plain": plain, "gibibytes": memory}
+            alone = host = ""
+            if device == "cuda" and decoding != "plain loop":
+                row["steps"], total = time_steps(model, decode)
+                row["host"] = 1 - total / taken
+                alone, host = " ".join(f"{1000 * step:.2f}" for step in row["steps"]), f"{100 * row['host']:.0f}%"
+            results["rows"].append(row)
             print(
                 f"| {batch_size} | {prompt_length} | {passes} | {decoding} | {1000 * taken / passes:.2f} | "
-                f"{1000 * least / passes:.2f} | {batch_size * length / taken:.0f} | "
+                f"{1000 * least / passes:.2f} | {alone} | {host} | {batch_size * length / taken:.0f} | "
                 f"{'' if plain is None else f'{plain / taken:.1f}'} | {'' if memory is None else f'{memory:.1f}'} |",
                 flush=True,
             )

@@ -33,7 +33,7 @@ from dparallel.trainer.lora import complete_lora_config
 from dparallel.trainer.masking import complementary_masks
 
 PROMPT_LENGTH, BLOCK_LENGTH = 128, 32
-KINDS = ("plain", "trainer", "trainer, compiled", "trainer, checkpointing")
+KINDS = ("plain", "trainer", "trainer, compiled", "trainer, checkpointing", "trainer, compiled, checkpointing")
 
 
 def adapter(rank):
@@ -92,7 +92,7 @@ class Stopwatch(TrainerCallback):
 def trainer_steps(model, rows, arguments, tokenizer, output_dir):
     """Seconds of each step."""
     stopwatch, examples = Stopwatch(), [{"input_ids": row, "prompt_length": PROMPT_LENGTH} for row in rows.tolist()]
-    is_compiled, is_checkpointing = (arguments.kind.endswith(end) for end in ("compiled", "checkpointing"))
+    is_compiled, is_checkpointing = (word in arguments.kind for word in ("compiled", "checkpointing"))
     if is_compiled:
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
     config = CertaintyForcingConfig(

@@ -41,7 +41,8 @@ class Result:
 def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Result:
     """Solve `problems` in batches with `model.generate(**settings)`.
 
-    Problems of similar length share a batch, so that little is padded; results do not depend on it.
+    `max_new_tokens` is 128 unless given. Problems of similar length share a batch, so that little is padded; results
+    do not depend on it.
     """
     prompts = [
         tokenizer.apply_chat_template(
@@ -57,7 +58,7 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
         rows = order[first : first + batch_size]
         batch = tokenizer([prompts[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt")
         output = model.generate(
-            **batch.to(model.device), max_new_tokens=ANSWER_LENGTH, return_dict_in_generate=True, **settings
+            **batch.to(model.device), return_dict_in_generate=True, **{"max_new_tokens": ANSWER_LENGTH, **settings}
         )
         lengths = output.num_tokens.tolist()
         answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()

@@ -21,7 +21,13 @@ from transformers import (
 from transformers.generation import LogitsProcessor, StoppingCriteria, TemperatureLogitsWarper, TopKLogitsWarper
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from dparallel.modeling import POLICIES, DiffusionGenerationConfig, DiffusionGenerationMixin
+from dparallel.modeling import (
+    POLICIES,
+    DiffusionGenerationConfig,
+    DiffusionGenerationMixin,
+    UnmaskingFilter,
+    UnmaskingFilterConfig,
+)
 
 MASK, EOS = 319, 318
 LOOPS = {
@@ -319,6 +325,7 @@ def test_model_whose_best_token_is_mask_terminates(family, prompt):
     head.weight.data *= 0.01
     model.get_submodule(family.norm).register_forward_hook(lambda module, args, out: out + 1)
     head.weight.data[MASK] = 1  # a logit of about 64 where the others are near 0
+    model.set_unmasking_filter(UnmaskingFilter(UnmaskingFilterConfig(block_length=4)))
     for unmasking in POLICIES:
         output = model.generate(
             prompt, max_new_tokens=10, block_length=4, unmasking=unmasking, return_dict_in_generate=True

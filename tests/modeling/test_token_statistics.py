@@ -33,7 +33,7 @@ def test_decisions_equal_those_in_float64():
     assert torch.equal(fast.token[clear], exact.token[clear])
     masked = torch.rand(10_000, 8, generator=generator) < 0.8
     settings = {"confidence_threshold": 0.6, "confidence_factor": 1.2, "entropy_threshold": 0.5, "entropy_bound": 0.5}
-    for name in sorted(set(POLICIES) - {"random"}):
+    for name in sorted(set(POLICIES) - {"random", "learned_filter"}):
         policy = POLICIES[name]
         key = "margin" if name == "margin" else "entropy" if name.startswith("entropy") else "confidence"
         score = getattr(exact, key).masked_fill(~masked, torch.inf).sort(dim=1).values
@@ -83,7 +83,7 @@ def test_odd_logits():
     assert statistics.token.tolist() == [[0, 2, 4, 0]]
     torch.testing.assert_close(statistics.entropy[0], torch.tensor([6.0, 1.0, 1.0, 6.0]).log())
     torch.testing.assert_close(statistics.confidence[0], torch.tensor([1 / 6, 1.0, 1.0, 1 / 6]))
-    assert all(statistic.isfinite().all() for statistic in statistics)
+    assert all(statistic.isfinite().all() for statistic in statistics[:4])
 
 
 def test_sampling_follows_the_warped_distribution():

@@ -119,6 +119,7 @@ SHARED = {
     "token_statistics",
     "triton_kernels",
     "unmasking",
+    "unmasking_filter",
 }
 
 

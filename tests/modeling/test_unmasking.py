@@ -15,10 +15,11 @@ THRESHOLDS = {
     "confidence_factor": (0.2, 0.9, 1.7, 5.0),
     "entropy_threshold": (0.0, 0.4, 1.5, 9.0),
     "entropy_bound": (0.01, 0.4, 1.5, 9.0),
+    "learned_filter": (0.0, 0.3, 0.96, 1.0),
 }
 
 
-def slow_choice(name, confidence, entropy, margin, candidates, setting):
+def slow_choice(name, confidence, entropy, margin, finality, candidates, setting):
     """The positions that a policy accepts in one row, by walking down the list of candidates."""
     if not candidates:
         return set()
@@ -27,6 +28,8 @@ def slow_choice(name, confidence, entropy, margin, candidates, setting):
     order = sorted(candidates, key=lambda i: -scores[key][i])
     if name == "confidence_threshold":
         return {i for i in candidates if confidence[i] >= setting} | {order[0]}
+    if name == "learned_filter":
+        return {i for i in candidates if finality[i] > setting} | {order[0]}
     if name == "entropy_threshold":
         return {i for i in candidates if entropy[i] <= setting} | {order[0]}
     if name == "entropy_bound":
@@ -48,10 +51,10 @@ def slow_choice(name, confidence, entropy, margin, candidates, setting):
 
 
 def random_statistics(generator, rows=200, length=16):
-    confidence, entropy, margin = torch.rand(3, rows, length, generator=generator)
+    confidence, entropy, margin, finality = torch.rand(4, rows, length, generator=generator)
     token = torch.zeros(rows, length, dtype=torch.long)
     share = torch.rand(rows, 1, generator=generator) * 1.2 - 0.1  # rows with no and with only candidates as well
-    return TokenStatistics(token, confidence, entropy * 2, margin), torch.rand(
+    return TokenStatistics(token, confidence, entropy * 2, margin, finality), torch.rand(
         rows, length, generator=generator
     ) < share
 
@@ -119,7 +122,9 @@ def test_published_selection(case):
     policy = POLICIES[RULES[case["rule"]]]
     if policy.is_scheduled:
         rows = [
-            policy.select(TokenStatistics(*(s[i : i + 1] for s in statistics)), masked[i : i + 1].bool(), count=count)
+            policy.select(
+                TokenStatistics(*(each[i : i + 1] for each in statistics[:4])), masked[i : i + 1].bool(), count=count
+            )
             for i, count in enumerate(case["num_transfer"])
         ]
         accepted = torch.cat(rows)

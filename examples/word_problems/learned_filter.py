@@ -1,0 +1,194 @@
+"""Train Learn2PD's filter for the models in the box, and compare it with thresholds.
+
+    python examples/word_problems/learned_filter.py                             # one GPU
+    python examples/word_problems/learned_filter.py --prompts 24 --problems 8 --long_problems 2 --epochs 20   # a try
+
+The model answers training problems one token a pass, an oracle that knows these answers decodes again, and a filter
+learns what the oracle accepted: the published one, which reads confidences, and one that reads more. Thresholds are
+chosen on validation problems: of each policy, the fastest whose accuracy is at most half a point below one token a
+pass. Then everything solves the test problems, in answers of up to 128 and of up to 1,024 tokens. Prints tables and
+writes JSON and the filters; what was computed is not computed again.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from evaluation import ANSWER_LENGTH, evaluate, here_and_now
+from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_conversation
+from transformers import AutoTokenizer
+
+from dparallel.modeling import LLaDAModelLM, UnmaskingFilter, UnmaskingFilterConfig
+from dparallel.trainer import (
+    FilterConfig,
+    FilterTrainer,
+    acceptance_rates,
+    generate_trajectories,
+    oracle_passes,
+    record_oracle,
+)
+
+HERE = Path(__file__).parent
+FEATURES = {
+    "filter": ["confidence"],
+    "richer filter": ["confidence", "entropy", "margin", "masked", "position", "punctuation", "digit"],
+}
+SLOW = {"unmasking": "confidence", "steps": ANSWER_LENGTH}
+CANDIDATES = {
+    "confidence_threshold": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+    "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
+    "learned_filter": [0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.98],
+}
+ALLOWED_LOSS = 0.005
+PROMPT_SEED, VALIDATION_SEED = 21, 123
+
+
+class Study:
+    """Numbers of one run, each computed once and kept in a file."""
+
+    def __init__(self, arguments):
+        self.arguments, self.path = arguments, arguments.output_dir / "results.json"
+        self.results = json.loads(self.path.read_text()) if self.path.exists() else here_and_now() | {"rows": {}}
+        self.is_gpu = torch.cuda.is_available()
+        self.tokenizer = AutoTokenizer.from_pretrained(HERE / "checkpoint", padding_side="left")
+        self.models, self.filters = {}, {}
+        test = list(islice(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED), arguments.problems))
+        count = min(arguments.problems, 1000)
+        self.problems = {
+            "test": test,
+            "long": test[: arguments.long_problems],
+            "validation": list(islice(generate_problems("validation", count, VALIDATION_SEED), count)),
+        }
+
+    def model(self, name):
+        if name not in self.models:
+            path = HERE / {"teacher": "checkpoint", "student": "student"}[name]
+            model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
+            self.models[name] = model.to("cuda" if self.is_gpu else "cpu").eval()
+        return self.models[name]
+
+    def train_filters(self, name):
+        folder, model = self.arguments.output_dir / name, self.model(name)
+        problems = islice(generate_problems("train", self.arguments.prompts, PROMPT_SEED), self.arguments.prompts)
+        prompts = Dataset.from_list([{"prompt": to_conversation(problem)["prompt"]} for problem in problems])
+        batch_size = 1024 if self.is_gpu else 8
+        slow = generate_trajectories(
+            model, self.tokenizer, prompts, folder / "trajectories", batch_size=batch_size, shard_size=2048,
+            max_new_tokens=ANSWER_LENGTH, **SLOW,
+        )  # fmt: skip
+        records = record_oracle(
+            model, slow, folder / "records", max_new_tokens=ANSWER_LENGTH, batch_size=batch_size, shard_size=2048
+        )
+        self.results.setdefault("oracle", {})[name] = oracle_passes(records)
+        for kind, features in FEATURES.items():
+            target = folder / kind.replace(" ", "-")
+            if not (target / "config.json").exists():
+                torch.manual_seed(0)
+                config = UnmaskingFilterConfig(features=features, vocab_size=model.config.vocab_size)
+                unmasking_filter = UnmaskingFilter(config)
+                if config.reads_tokens:
+                    unmasking_filter.read_tokenizer(self.tokenizer)
+                config = FilterConfig(
+                    str(target), use_cpu=True, report_to="none", num_train_epochs=self.arguments.epochs,
+                    logging_strategy="no", disable_tqdm=True,
+                )  # fmt: skip
+                trainer = FilterTrainer(unmasking_filter, config, records)
+                trainer.train()
+                rates = acceptance_rates(trainer.model, trainer.eval_dataset, CANDIDATES["learned_filter"])
+                self.results.setdefault("rates", {})[f"{name}, {kind}"] = rates
+                trainer.model.save_pretrained(target)
+            self.filters[name, kind] = UnmaskingFilter.from_pretrained(target)
+        self.save()
+
+    def save(self):
+        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+
+    def measure(self, name, problems, kind=None, **settings):
+        key = json.dumps([name, problems, kind, settings])
+        if key not in self.results["rows"]:
+            extra = {} if kind is None else {"unmasking_filter": self.filters[name, kind]}
+            batch_size = (256 if problems == "long" else 512) if self.is_gpu else 8
+            arguments = (self.model(name), self.tokenizer, self.problems[problems])
+            result = evaluate(*arguments, f"{name} {problems}", batch_size, **settings, **extra)
+            row = {field: getattr(result, field) for field in ("nfe", "tpf", "seconds", "accuracy")}
+            self.results["rows"][key] = row
+            self.save()
+        return self.results["rows"][key]
+
+    def choose(self, name, unmasking, kind=None):
+        """Of the thresholds of a policy, the fastest that is accurate enough on validation problems."""
+        bar = self.measure("teacher", "validation", **SLOW)["accuracy"] - ALLOWED_LOSS
+        rows = {
+            threshold: self.measure(name, "validation", kind, unmasking=unmasking, threshold=threshold)
+            for threshold in CANDIDATES[unmasking]
+        }
+        allowed = [threshold for threshold, row in rows.items() if row["accuracy"] >= bar]
+        fastest = min(allowed, key=lambda threshold: rows[threshold]["nfe"]) if allowed else None
+        best = max(rows, key=lambda threshold: rows[threshold]["accuracy"])
+        return {"unmasking": unmasking, "threshold": best if fastest is None else fastest}
+
+    def table(self, problems, length):
+        lines = [
+            f"Answers of up to {length} tokens, {len(self.problems[problems])} problems:",
+            "",
+            "| | threshold | NFE | seconds | accuracy % |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+
+        def add(label, name, decoding, kind=None, **settings):
+            row = self.measure(name, problems, kind, **decoding, **settings, max_new_tokens=length)
+            threshold = f"{decoding['threshold']:g}" if "threshold" in decoding else ""
+            lines.append(
+                f"| {label} | {threshold} | {row['nfe']:.1f} | {row['seconds']:.1f} | {100 * row['accuracy']:.1f} |"
+            )
+
+        slow = {"unmasking": "confidence", "steps": length}
+        add("teacher, one token a pass", "teacher", slow, stop_at_eos=False)
+        add("the same, stopping at end-of-text", "teacher", slow)
+        for unmasking in ("confidence_threshold", "entropy_threshold"):
+            add(unmasking.replace("_", " "), "teacher", self.choose("teacher", unmasking))
+        eotp = {"eos_threshold": 0.9}
+        for kind in FEATURES:
+            chosen = self.choose("teacher", "learned_filter", kind)
+            add(kind, "teacher", chosen, kind)
+            add(f"{kind}, end-of-text prediction", "teacher", chosen, kind, **eotp)
+            add(f"{kind}, end-of-text prediction, dual cache", "teacher", chosen, kind, **eotp, block_cache="dual")
+        best = self.choose("teacher", "entropy_threshold")
+        add("entropy threshold, end-of-text prediction", "teacher", best, **eotp)
+        add("student, entropy threshold", "student", self.choose("student", "entropy_threshold"))
+        for kind in FEATURES:
+            add(f"student, {kind}", "student", self.choose("student", "learned_filter", kind), kind)
+        if length == ANSWER_LENGTH:
+            for name, passes in self.results["oracle"].items():
+                lines.append(f"| {name}, oracle (training problems) | | {passes:.1f} | | |")
+        return lines
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/learned_filter"))
+    parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")
+    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)
+    parser.add_argument("--long_problems", type=int, default=500, help="of answers of up to 1,024 tokens")
+    arguments = parser.parse_args()
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    study = Study(arguments)
+    for name in ("teacher", "student"):
+        study.train_filters(name)
+    lines = [*study.table("test", ANSWER_LENGTH), "", *study.table("long", 1024), ""]
+    lines += ["False acceptances / false rejections on held-out passes, in %, by threshold:", ""]
+    thresholds = CANDIDATES["learned_filter"]
+    lines += [f"| | {' | '.join(map(str, thresholds))} |", "| --- " * (len(thresholds) + 1) + "|"]
+    for label, rates in study.results["rates"].items():
+        cells = [f"{100 * rate['false_accept']:.1f} / {100 * rate['false_reject']:.1f}" for rate in rates]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    (arguments.output_dir / "report.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+../../../modeling/unmasking_filter.py

@@ -1,0 +1,235 @@
+"""Training of Learn2PD's filter: what an oracle would accept, recorded, and learned ("Learning to Parallel",
+https://arxiv.org/abs/2509.25188)."""
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import Trainer, TrainingArguments
+
+from dparallel.modeling import UnmaskingFilter, token_statistics
+
+from .resumable_shards import map_in_shards
+from .trajectories import model_digest
+
+STATISTICS = ("confidence", "entropy", "margin")
+COLUMNS = ("example_id", "block", "step", *STATISTICS, "masked", "token", "labels")
+
+
+def record_oracle(
+    model, trajectories: Dataset, output_dir, *, max_new_tokens, block_length=32, batch_size=64, shard_size=256
+) -> Dataset:
+    """Decode again what a teacher answered, with an oracle that knows the answers: in each pass it accepts the
+    predictions of the block that are equal to them. What a filter sees in that pass, and what it should say, becomes a
+    row. Where no prediction is equal, no later pass would see anything else, and the block is filled from the answer.
+
+    Work is spread over the processes of `accelerate launch`, and a killed run goes on where it was.
+
+    Args:
+        model (`PreTrainedModel`): the one that the filter is for, on its device.
+        trajectories (`Dataset`): from `generate_trajectories`, by a slow policy: what it wrote counts as final.
+        output_dir (`str` or `Path`): where shards go; one folder for one job.
+        max_new_tokens (`int`), block_length (`int`): of decoding with the filter. Behind an answer stands end-of-text.
+        batch_size (`int`): answers per batch; rows do not depend on it, but for rounding.
+        shard_size (`int`): answers per shard.
+
+    Returns:
+        `Dataset`, one row for each pass over a block of each answer: `example_id`; `block` and `step`, both from 0;
+        `confidence`, `entropy`, `margin`, `masked`, `token` and `labels` (1: equal to the answer), lists of
+        `block_length`, filled up where a last block is shorter.
+
+    Raises:
+        ValueError: before any decoding, if an answer is longer than `max_new_tokens`, or if `output_dir` holds rows
+            that were made with other settings.
+    """
+    missing = {"example_id", "input_ids", "prompt_length"} - set(trajectories.column_names)
+    if missing:
+        raise ValueError(f"`trajectories` lacks the columns {sorted(missing)}: it must be generate_trajectories' own.")
+    longest = max(
+        len(ids) - start for ids, start in zip(trajectories["input_ids"], trajectories["prompt_length"], strict=True)
+    )
+    if longest > max_new_tokens:
+        raise ValueError(f"`max_new_tokens={max_new_tokens}` is not allowed: an answer has {longest} tokens.")
+    model.eval()
+
+    def record_shard(number, shard):
+        batches = shard.iter(batch_size)
+        return [row for batch in batches for row in _decode_with_oracle(model, batch, max_new_tokens, block_length)]
+
+    trajectories = trajectories.select_columns(["example_id", "input_ids", "prompt_length"])
+    digest = hashlib.blake2b(digest_size=16)
+    for row in trajectories:
+        digest.update(repr(row).encode())
+    job = {"model": model_digest(model), "trajectories": digest.hexdigest()}
+    job |= {"max_new_tokens": max_new_tokens, "block_length": block_length}
+    return map_in_shards(record_shard, trajectories, output_dir, job, shard_size, desc="Asking the oracle")
+
+
+@torch.no_grad()
+def _decode_with_oracle(model, rows, max_new_tokens, block_length):
+    prompts = [ids[:start] for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
+    answers = [ids[start:] for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
+    eos, mask_token_id = model.config.eos_token_id, model.config.mask_token_id
+    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+    width, device = max(map(len, prompts)), model.device
+    prompt = torch.tensor([[eos] * (width - len(ids)) + ids for ids in prompts], device=device)
+    answer = torch.tensor([ids + [eos] * (max_new_tokens - len(ids)) for ids in answers], device=device)
+    canvas = torch.cat((prompt, torch.full_like(answer, mask_token_id)), dim=1)
+    column = torch.arange(canvas.shape[1], device=device)
+    padding = width - torch.tensor([len(ids) for ids in prompts], device=device)[:, None]
+    arguments = {
+        "attention_mask": (column >= padding).long(), "position_ids": (column - padding).clamp(min=0),
+    }  # fmt: skip
+    ends = torch.tensor([len(ids) for ids in answers], device=device)
+    records = []
+    for start in range(0, max_new_tokens, block_length):
+        block = slice(start, min(start + block_length, max_new_tokens))
+        columns = width + torch.arange(block.start, block.stop, device=device)
+        undecided = (ends > start)[:, None].expand(-1, len(columns)).clone()
+        step = 0
+        while undecided.any():
+            logits = model(input_ids=canvas, logits_to_keep=columns - model.logits_shift, **arguments).logits
+            statistics = token_statistics(logits, mask_token_id)
+            is_equal = statistics.token == answer[:, block]
+            records += _records(rows, statistics, undecided, is_equal, start // block_length, step, block_length)
+            accepted = undecided & is_equal
+            accepted |= undecided & ~accepted.any(dim=1, keepdim=True)
+            canvas[:, columns] = torch.where(accepted, answer[:, block], canvas[:, columns])
+            undecided &= ~accepted
+            step += 1
+    return sorted(records, key=lambda row: (row["example_id"], row["block"], row["step"]))
+
+
+def _records(rows, statistics, undecided, is_equal, block, step, block_length):
+    """Those of the examples whose block is still open."""
+    filling = {"confidence": 1.0, "entropy": 0.0, "margin": 1.0, "masked": 0, "token": 0, "labels": 1}
+    columns = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
+    columns |= {"masked": undecided.long(), "labels": is_equal.long()}
+    missing = block_length - undecided.shape[1]
+    columns = {
+        name: torch.nn.functional.pad(column, (0, missing), value=filling[name]).tolist()
+        for name, column in columns.items()
+    }
+    return [
+        {
+            "example_id": rows["example_id"][i], "block": block, "step": step,
+            **{name: column[i] for name, column in columns.items()},
+        }
+        for i, is_open in enumerate(undecided.any(dim=1).tolist())
+        if is_open
+    ]  # fmt: skip
+
+
+def oracle_passes(records: Dataset) -> float:
+    """Mean number of passes that the oracle needs for an answer: the fewest that a filter can reach."""
+    return len(records) / len(set(records["example_id"]))
+
+
+def split_by_prompt(records: Dataset, eval_share: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Rows for training and for evaluation, such that all passes of an answer are on one side."""
+    examples = np.unique(records["example_id"])
+    count = round(eval_share * len(examples))
+    if not 0 < count < len(examples):
+        raise ValueError(f"`eval_share={eval_share!r}` of {len(examples)} answers leaves one side empty.")
+    chosen = np.random.default_rng(seed).permutation(examples)[:count]
+    is_chosen = np.isin(records["example_id"], chosen)
+    return records.select(np.flatnonzero(~is_chosen)), records.select(np.flatnonzero(is_chosen))
+
+
+@dataclass
+class FilterConfig(TrainingArguments):
+    """`TrainingArguments` with the defaults of a small network: learning rate 3e-3 as published, batches of 1,024
+    passes, 30 epochs, of which the one with the lowest held-out loss is kept.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+
+    eval_share: float = field(
+        default=0.1, metadata={"help": "Share of the answers that are held out, if no `eval_dataset` is given."}
+    )
+    learning_rate: float = field(default=3e-3, metadata={"help": "Initial learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    num_train_epochs: float = field(default=30, metadata={"help": "Times that each row is seen."})
+    per_device_train_batch_size: int = field(default=1024, metadata={"help": "Passes per batch."})
+    per_device_eval_batch_size: int = field(default=4096, metadata={"help": "Passes per batch of evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="best", metadata={"help": "When to save."})
+    save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints that are kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch, not the last."})
+    metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What best means."})
+    prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+    remove_unused_columns: bool = field(default=True, metadata={"help": "Drop what the filter does not read."})
+
+    def __post_init__(self):
+        if not 0 < self.eval_share < 1:
+            raise ValueError(f"`eval_share={self.eval_share!r}` is not allowed: it must be between 0 and 1.")
+        super().__post_init__()
+
+
+class FilterTrainer(Trainer):
+    """Trains an `UnmaskingFilter` on the rows of `record_oracle`.
+
+    Args:
+        model (`UnmaskingFilter`): in float32.
+        args (`FilterConfig`): settings.
+        train_dataset (`Dataset`): rows. Without an `eval_dataset`, a share of the *answers* is held out: passes of one
+            answer are alike, and the published split, which shuffles passes, has them on both sides.
+        eval_dataset (`Dataset`, *optional*): rows of other answers.
+
+    Raises:
+        ValueError: for rows that the filter cannot read.
+    """
+
+    def __init__(self, model: UnmaskingFilter, args: FilterConfig, train_dataset, eval_dataset=None, **kwargs):
+        missing = set(COLUMNS) - set(train_dataset.column_names)
+        if missing:
+            raise ValueError(f"`train_dataset` lacks the columns {sorted(missing)}: it must be record_oracle's own.")
+        length = len(train_dataset[0]["confidence"])
+        if length != model.config.block_length:
+            raise ValueError(
+                f"`train_dataset` holds blocks of {length} tokens, but `block_length={model.config.block_length}`."
+            )
+        if eval_dataset is None:
+            train_dataset, eval_dataset = split_by_prompt(train_dataset, args.eval_share, args.seed)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset.with_format("torch"),
+            eval_dataset=eval_dataset.with_format("torch"),
+            **kwargs,
+        )
+
+
+def acceptance_rates(unmasking_filter: UnmaskingFilter, records: Dataset, thresholds) -> list[dict]:
+    """How often the filter errs on masked positions, at each threshold: `false_accept`, the share of the predictions
+    that are not final which it accepts, and `false_reject`, the share of the final ones which it does not."""
+    unmasking_filter = unmasking_filter.eval()
+    probability, label = [], []
+    for batch in records.with_format("torch", device=str(unmasking_filter.device)).iter(8192):
+        inputs = {name: batch[name] for name in (*STATISTICS, "masked", "token")}
+        with torch.no_grad():
+            logits = unmasking_filter(**inputs)["logits"]
+        masked = batch["masked"].bool()
+        probability.append(logits[masked].sigmoid())
+        label.append(batch["labels"][masked].bool())
+    probability, label = torch.cat(probability), torch.cat(label)
+    rates = []
+    for threshold in thresholds:
+        accepted = probability > threshold
+        rates.append(
+            {
+                "threshold": float(threshold),
+                "false_accept": (accepted & ~label).sum().item() / max((~label).sum().item(), 1),
+                "false_reject": (~accepted & label).sum().item() / max(label.sum().item(), 1),
+            }
+        )
+    return rates
+
+
+def choose_threshold(rates: list[dict], false_accept: float) -> float:
+    """The lowest of the thresholds whose rate of false acceptance is at most this; the highest if none is."""
+    allowed = [rate["threshold"] for rate in rates if rate["false_accept"] <= false_accept]
+    return min(allowed) if allowed else max(rate["threshold"] for rate in rates)

@@ -6,9 +6,9 @@
 Every row is one way of decoding `--length` tokens in blocks of 32 with a fixed number of passes (`unmasking=
 "confidence"`, `steps`), so that random weights take as many as trained ones. The plain loop is what research code
 does, with the same weights and in the same run: the head on the whole sequence, softmax in float64, tokens written one
-by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. On a GPU, the captured
-steps are also timed alone: the longest is a pass over the whole canvas, the shortest one over what the cache leaves;
-what they do not explain of the time of `generate()` is the host's. Prints a table and writes JSON.
+by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. On a GPU, the
+captured steps are also timed alone: the longest is a pass over the whole canvas, the shortest one over what the cache
+leaves; what they do not explain of the time of `generate()` is the host's. Prints a table and writes JSON.
 """
 
 import argparse
@@ -186,10 +186,10 @@ def main():
     )
     print(f"read {ceilings['bytes_per_second'] / 1e12:.3g} TB/s, ", end="")
     print(f"matrix products {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s, {arguments.shape}, G {length}\n")
-    print(
-        "| batch | prompt | NFE | decoding | ms per NFE | floor | steps alone | host | tokens/s | times the plain loop | "
-        "GiB |"
+    columns = (
+        "batch | prompt | NFE | decoding | ms per NFE | floor | steps alone | host | tokens/s | times the plain loop"
     )
+    print(f"| {columns} | GiB |")
     print("| --- " * 11 + "|", flush=True)
     decodings = [] if arguments.no_plain else ["plain loop"]
     for prompt_length, batch_size, passes in itertools.product(prompt_lengths, batch_sizes, all_passes):
@@ -208,8 +208,8 @@ def main():
 
                 def decode(prompts=prompts, settings=settings):
                     return model.generate(
-                        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=length, block_length=BLOCK_LENGTH, unmasking="confidence",
-                        stop_at_eos=False, **settings,
+                        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=length,
+                        block_length=BLOCK_LENGTH, unmasking="confidence", stop_at_eos=False, **settings,
                     )  # fmt: skip
 
             row = {"batch": batch_size, "prompt": prompt_length, "passes": passes, "decoding": decoding}

@@ -120,6 +120,8 @@ def generate_trajectories(
         return rows
 
     job = {"model": model_digest(model), "prompts": digest.hexdigest(), "seed": seed, "generate": resolved}
+    if config.unmasking == "learned_filter" and model.unmasking_filter is not None:
+        job["unmasking_filter"] = model_digest(model.unmasking_filter)
     answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
     dataset = concatenate_datasets([prompts.remove_columns("input_ids"), answers], axis=1)
     correct = [None if judge is None else is_right(row) for row in tqdm(dataset, desc="Judging", leave=False)]

@@ -43,6 +43,7 @@ CANDIDATES = {
     "learned_filter": [0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.98],
 }
 ALLOWED_LOSS = 0.005
+LONG_ANSWER_LENGTH = 1024
 PROMPT_SEED, VALIDATION_SEED = 21, 123
 
 
@@ -173,13 +174,15 @@ def main():
     parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)
-    parser.add_argument("--long_problems", type=int, default=500, help="of answers of up to 1,024 tokens")
+    parser.add_argument("--long_problems", type=int, default=500, help="of answers of up to 1,024 tokens; 0: none")
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     study = Study(arguments)
     for name in ("teacher", "student"):
         study.train_filters(name)
-    lines = [*study.table("test", ANSWER_LENGTH), "", *study.table("long", 1024), ""]
+    lines = [*study.table("test", ANSWER_LENGTH), ""]
+    if arguments.long_problems:
+        lines += [*study.table("long", LONG_ANSWER_LENGTH), ""]
     lines += ["False acceptances / false rejections on held-out passes, in %, by threshold:", ""]
     thresholds = CANDIDATES["learned_filter"]
     lines += [f"| | {' | '.join(map(str, thresholds))} |", "| --- " * (len(thresholds) + 1) + "|"]

@@ -247,3 +247,17 @@ def test_the_proof_runs_and_goes_on(tmp_path):
 def test_the_proof_says_what_a_report_needs(tmp_path):
     result = run("word_problems/distillation.py", "--seeds", 1, cwd=tmp_path)
     assert result.returncode == 2 and "a report needs seed 0" in result.stderr
+
+
+@pytest.mark.slow
+def test_the_comparison_of_filters_runs_and_goes_on(tmp_path):
+    flags = "--prompts 16 --problems 2 --long_problems 0 --epochs 3 --output_dir out".split()
+    result = run("word_problems/learned_filter.py", *flags, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    for name in ("filter, end-of-text prediction, dual cache", "student, richer filter", "student, oracle (training"):
+        assert any(row.startswith(f"| {name}") for row in rows), name
+    start = time.time()
+    again = run("word_problems/learned_filter.py", *flags, cwd=tmp_path)
+    tables = [each.stdout[each.stdout.index("Answers of up to") :] for each in (result, again)]
+    assert tables[0] == tables[1] and time.time() - start < 60

@@ -178,6 +178,12 @@ def test_from_prompts_to_faster_decoding(word_model, word_tokenizer, tmp_path):
             word_model, word_tokenizer, prompts, tmp_path / "fast", unmasking="learned_filter", threshold=0.7,
             **settings,
         )  # fmt: skip
+        word_model.set_unmasking_filter(UnmaskingFilter(UnmaskingFilterConfig()))
+        with pytest.raises(ValueError, match="`unmasking_filter` was"):
+            generate_trajectories(
+                word_model, word_tokenizer, prompts, tmp_path / "fast", unmasking="learned_filter", threshold=0.7,
+                **settings,
+            )  # fmt: skip
     finally:
         word_model.set_unmasking_filter(None)
     fast_passes, slow_passes = sum(fast["num_forward_passes"]), sum(slow["num_forward_passes"])

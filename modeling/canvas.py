@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 
 from .block_cache import BlockCache
+from .triton_kernels import MAX_WRITE_LENGTH, fused_write, suit_kernels
 
 # What a Canvas holds for each row, and what of it is left when the row has ended.
 ROW_RESULTS = ("ids", "end", "num_passes", "unmasking_step", "unmasking_confidence")
@@ -119,6 +120,9 @@ class Canvas:
 
     def write(self, statistics, accepted):
         """Make the accepted tokens of the block final, and end the rows that are done. `accepted` is (B, K) bool."""
+        is_simple = self.eos_threshold is None and self.length <= MAX_WRITE_LENGTH
+        if is_simple and suit_kernels(self.unmasking_confidence):
+            return fused_write(self, statistics, accepted)
         block = self.block
         is_counted = self.undecided[:, block].any(dim=1)
         if self.eos_threshold is not None:

@@ -18,7 +18,7 @@ from .packed_projections import pack_projections
 logger = logging.get_logger(__name__)
 
 PROMPT_BUCKET = 32  # prompts are padded to a multiple of it, so that answers to prompts of all lengths share graphs
-MAX_GRAPHS = 32  # of a canvas
+MAX_GRAPHS = 64  # of a canvas
 MAX_CANVASES = 16  # kept between calls, as long as they take
 MAX_MEMORY_SHARE = 0.125  # of the device, all together; the last one is kept whatever it takes
 # Attention whose launches do not depend on what the tensors hold.
@@ -31,16 +31,8 @@ def captured_steps(model):
     """The `CapturedSteps` of a model, or None where its steps cannot be captured: off CUDA, where transformers would
     not compile the class either (`_can_compile_fullgraph`), compiled, quantised, spread over devices, under autocast,
     and with hooks or adapters, which may do something else the next time."""
-    parameters = list(model.parameters())
-    if not parameters or parameters[0].device.type != "cuda" or not model._can_compile_fullgraph:
-        return None
-    if (
-        getattr(model, "hf_quantizer", None) is not None
-        or model.config._attn_implementation not in CAPTURABLE_ATTENTION
-        or torch.is_autocast_enabled("cuda")
-        or any(parameter.device != parameters[0].device for parameter in parameters)
-        or any(map(_is_changeable, model.modules()))
-    ):
+    if not _can_capture(model):
+        _steps_of_models.pop(model, None)
         return None
     steps = _steps_of_models.get(model)
     if steps is None or steps.origin != _origin(model):
@@ -49,17 +41,34 @@ def captured_steps(model):
     return None if steps.failed else steps
 
 
+def _can_capture(model) -> bool:
+    parameters = list(model.parameters())
+    return not (
+        not parameters
+        or parameters[0].device.type != "cuda"
+        or not model._can_compile_fullgraph
+        or getattr(model, "hf_quantizer", None) is not None
+        or model.config._attn_implementation not in CAPTURABLE_ATTENTION
+        or torch.is_autocast_enabled("cuda")
+        or any(parameter.device != parameters[0].device for parameter in parameters)
+        or any(map(_is_changeable, model.modules()))
+    )
+
+
 def _origin(model):
     """Graphs hold addresses: weights that moved, or another kind of attention, need new ones."""
     addresses = [tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())]
-    return *addresses, model.config._attn_implementation, model.dtype, torch.is_inference_mode_enabled()
+    config = model.config
+    settings = (config._attn_implementation, getattr(config, "rope_theta", None), model.dtype)
+    return *addresses, *settings, torch.is_inference_mode_enabled()
 
 
 def _is_changeable(module: nn.Module) -> bool:
     """Does calling it do more than its class says?"""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
+        # transformers leaves its own behind, which are idle unless hidden states are asked for.
+        any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
         or "forward" in module.__dict__  # accelerate's hooks
         or module._compiled_call_impl is not None
         or type(module).__module__.startswith("peft.")
@@ -69,8 +78,9 @@ def _is_changeable(module: nn.Module) -> bool:
 class CapturedSteps:
     """Of one model: its graphs, and the canvases that they read and write.
 
-    Memory is bounded by the constants above. All graphs share one pool for what is computed on the way, since only one
-    of them runs at a time and what they leave is in the canvas.
+    Memory of canvases is bounded by the constants above. All graphs share one pool for what is computed on the way,
+    since only one of them runs at a time and what they leave is in the canvas; it is as large as the largest step
+    needs. Not for several threads that decode with one model at the same time.
     """
 
     def __init__(self, origin):
@@ -80,13 +90,21 @@ class CapturedSteps:
 
     def borrow(self, layout: Layout) -> Canvas:
         """A canvas that nobody else uses, with the graphs that were captured on it."""
-        return self.canvases.pop(layout, None) or Canvas(layout)
+        canvas = self.canvases.pop(layout, None)
+        if canvas is None:
+            self._make_room(layout.device)
+            canvas = Canvas(layout)
+        return canvas
 
     def give_back(self, canvas: Canvas):
+        self._make_room(canvas.ids.device, canvas.nbytes)
         self.canvases[canvas.layout] = canvas
-        allowed = MAX_MEMORY_SHARE * torch.cuda.get_device_properties(canvas.ids.device).total_memory
-        while len(self.canvases) > 1 and (
-            len(self.canvases) > MAX_CANVASES or sum(each.nbytes for each in self.canvases.values()) > allowed
+
+    def _make_room(self, device, nbytes=0):
+        """Forget the least recently used, so that one of this size may join the rest, as long as there is any."""
+        allowed = MAX_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory - nbytes
+        while self.canvases and (
+            len(self.canvases) >= MAX_CANVASES or sum(each.nbytes for each in self.canvases.values()) > allowed
         ):
             self.canvases.popitem(last=False)
 
@@ -100,9 +118,13 @@ class CapturedSteps:
                 graphs.pop(next(iter(graphs)))
             graphs[key] = None
             return
-        if graphs[key] is None:
+        graphs[key] = graph = graphs.pop(key)  # the most recently used is last
+        if graph is None:
             try:
                 graphs[key] = self._capture(canvas.ids.device, step)
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                return step()
             except RuntimeError as error:
                 logger.warning(f"Steps are not captured as CUDA graphs, since that failed: {error}")
                 self.failed = True

@@ -25,7 +25,8 @@ class DreamConfig(Qwen2Config):
         kwargs: the other fields of `Qwen2Config`.
 
     Raises:
-        ValueError: for heads that do not divide, or for attention in a sliding window, which no Dream model has.
+        ValueError: for heads that do not divide, or for what no Dream model has: attention in a sliding window,
+            dropout, another activation.
     """
 
     model_type = "Dream"
@@ -47,6 +48,10 @@ class DreamConfig(Qwen2Config):
     def __post_init__(self, **kwargs):
         if self.use_sliding_window:
             raise ValueError("`use_sliding_window=True` is not supported: every Dream model has `False`.")
+        for name, value in (("hidden_act", "silu"), ("attention_dropout", 0.0)):
+            if getattr(self, name) != value:
+                given = getattr(self, name)
+                raise ValueError(f"`{name}={given!r}` is not supported: every Dream model has `{value!r}`.")
         kv_heads = self.num_key_value_heads or self.num_attention_heads
         for name, divisor in (("hidden_size", self.num_attention_heads), ("num_attention_heads", kv_heads)):
             if getattr(self, name) % divisor:

@@ -29,7 +29,7 @@ from transformers.generation import (
 )
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, cached_file, logging
 
 from .canvas import Canvas, Layout
 from .captured_step import PROMPT_BUCKET, captured_steps
@@ -273,14 +273,17 @@ class DiffusionGenerationMixin(GenerationMixin):
                 )
             except OSError:
                 logger.info("No generation_config.json: decoding by the defaults and the token ids of the model.")
-        if getattr(self.generation_config, "unmasking", None) == "learned_filter" and pretrained_model_name_or_path:
+        if pretrained_model_name_or_path is not None:
             folder = "/".join(filter(None, (repository.pop("subfolder", None), SUBFOLDER)))
             try:
-                self.set_unmasking_filter(
-                    UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
-                )
+                cached_file(pretrained_model_name_or_path, f"{folder}/config.json", **repository)
             except OSError:
-                logger.warning(f"The checkpoint decodes by a learned filter, but has none in `{folder}`.")
+                if getattr(self.generation_config, "unmasking", None) == "learned_filter":
+                    logger.warning(f"The checkpoint decodes by a learned filter, but none was found in `{folder}`.")
+                return
+            self.set_unmasking_filter(
+                UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
+            )
 
     def set_unmasking_filter(self, unmasking_filter: UnmaskingFilter | None):
         """Decode by this filter where `unmasking="learned_filter"`, and save it along with the model."""
@@ -288,6 +291,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         self.__dict__["unmasking_filter"] = unmasking_filter
 
     def save_pretrained(self, save_directory, *args, **kwargs):
+        if self.unmasking_filter is not None and kwargs.get("push_to_hub"):
+            raise ValueError("`push_to_hub=True` would leave the filter behind: call `model.push_to_hub()` instead.")
         super().save_pretrained(save_directory, *args, **kwargs)
         if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
             self.unmasking_filter.save_pretrained(os.path.join(save_directory, SUBFOLDER))
@@ -397,7 +402,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             return None
         if unmasking_filter is None:
             unmasking_filter = self.unmasking_filter
-        ok = isinstance(unmasking_filter, UnmaskingFilter)
+        # Not by its class: that of remote code is another one.
+        ok = getattr(getattr(unmasking_filter, "config", None), "model_type", None) == "unmasking_filter"
         allowed = "an UnmaskingFilter with `unmasking='learned_filter'`, as the checkpoint has none of its own"
         require(ok, "unmasking_filter", unmasking_filter, allowed)
         length = unmasking_filter.config.block_length
@@ -510,7 +516,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         if streamer is not None:
             streamer.put(input_ids.cpu())
         # Whatever is handed in from outside may change from step to step.
-        is_fixed = not (config.disable_compile or synced_gpus or processors or generator is not None)
+        is_drawn = config.do_sample or (
+            policy.is_scheduled
+            and (config.unmasking == "random" or config.schedule == "ancestral" or config.unmasking_temperature)
+        )
+        is_fixed = not (config.disable_compile or synced_gpus or processors or (generator is not None and is_drawn))
         steps = captured_steps(self) if is_fixed else None
         batch_size, prompt_length = input_ids.shape
         padding = 0 if steps is None else -prompt_length % PROMPT_BUCKET
@@ -522,9 +532,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         )  # fmt: skip
         canvas = Canvas(layout) if steps is None else steps.borrow(layout)
         canvas.load(input_ids, attention_mask)
-        canvas = self._decode(
-            canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator, unmasking_filter
-        )
+        with torch.cuda.device(input_ids.get_device()):  # nothing on a CPU
+            canvas = self._decode(
+                canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator,
+                unmasking_filter,
+            )  # fmt: skip
         while self._has_unfinished_sequences(True, synced_gpus, input_ids.device):
             self(input_ids=canvas.ids[:, -1:])  # only so that the other processes can gather their weights
         if streamer is not None:
@@ -564,6 +576,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         finished, reach, streamed = [0] * canvas.layout.batch_size, canvas.length, 0
         # What a user gave may count on the rows that it was given with.
         rows_may_leave = not criteria and all(type(each) in POSITIONWISE_PROCESSORS for each in processors)
+        tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
+        addresses = [tensor.data_ptr() for tensor in tensors]
         for block, settings in self._blocks(config, generator):
             if rows_may_leave and not all(finished):
                 canvas, finished = self._without_ended_rows(canvas, steps, finished)
@@ -571,6 +585,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             is_open, passes = not all(finished), itertools.count()
             while is_open:
                 self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
+                if steps is not None:  # few lengths, so that graphs are found again
+                    reach = min(-(-reach // config.block_length) * config.block_length, canvas.length)
                 reach = max(reach, block.stop)
                 span = self._span(config, canvas.prompt_length, block, reach, next(passes))
                 canvas.setting.fill_(next(settings))
@@ -583,7 +599,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                         (
                             span,
                             canvas.block_length,
-                            unmasking_filter,
+                            *addresses,
                             *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
                         ),
                         step,

@@ -25,17 +25,18 @@ def project(x, projections):
 def pack_projections(model):
     """Move weights behind one another where a module names projections of the same input (`packed_projections`, tuples
     of names). Only modules whose weights are their own: plain, and not tied to others."""
-    for module in model.modules():
-        for names in getattr(module, "packed_projections", ()):
-            projections = [getattr(module, name) for name in names]
-            if not all(map(_is_plain, projections)):
-                continue
-            for tensors in ([each.weight for each in projections], [each.bias for each in projections]):
-                if tensors[0] is None or _joined(tensors) is not None:
+    with torch.inference_mode(False), torch.no_grad():  # else the weights could never be trained again
+        for module in model.modules():
+            for names in getattr(module, "packed_projections", ()):
+                projections = [getattr(module, name) for name in names]
+                if not all(map(_is_plain, projections)):
                     continue
-                joined = torch.cat([tensor.data for tensor in tensors])
-                for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
-                    tensor.data = part
+                for tensors in ([each.weight for each in projections], [each.bias for each in projections]):
+                    if tensors[0] is None or _joined(tensors) is not None:
+                        continue
+                    joined = torch.cat([tensor.data for tensor in tensors])
+                    for tensor, part in zip(tensors, joined.split([len(tensor) for tensor in tensors]), strict=True):
+                        tensor.data = part
 
 
 def _is_plain(module) -> bool:

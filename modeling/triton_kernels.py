@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)  # of `fused_rotate` and `fused_attention`
+MAX_WRITE_LENGTH = 2048  # of answers, for `fused_write`: beyond, compiling it takes seconds
 MAX_QUERIES = 64  # of `fused_attention`: a block, and the one before it
 
 
@@ -27,6 +28,7 @@ def suit_kernels(*tensors) -> bool:
     first = tensors[0]
     return (
         first.is_cuda
+        and first.device.index == torch.cuda.current_device()  # where Triton launches
         and first.dtype in DTYPES
         and all(tensor.dtype == first.dtype for tensor in tensors)
         and not torch.is_grad_enabled()
@@ -346,3 +348,59 @@ def fused_attention(query, key, value, mask, scaling):
             partial, sums, maxima, out, parts, ROWS=rows, SIZE=size, PARTS=triton.next_power_of_2(parts), num_warps=4
         )
     return out
+
+
+# --- what a canvas remembers -----------------------------------------------------------------------------------------
+
+
+@jit
+def _write(token, confidence, accepted, block_start, eos, ids, undecided, unmasking_step, unmasking_confidence,
+           num_passes, end, finished, reach, state, prompt_length, length, block_length, ids_row,
+           NUM_EOS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """One row."""
+    row, rows, position = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, BLOCK)
+    start, none = tl.load(block_start).to(tl.int32), 2147483647
+    offset, exists, answer = position - start, position < length, row * length + position
+    in_block = exists & (offset >= 0) & (offset < block_length)
+    is_open = (tl.load(undecided + answer, exists, 0) != 0) & exists
+    passes, was_open = tl.load(num_passes + row), tl.max((is_open & in_block).to(tl.int32), axis=0)
+    source = row * block_length + offset
+    is_new = (tl.load(accepted + source, in_block, 0) != 0) & in_block
+    place, new = ids + row * ids_row + prompt_length + position, tl.load(token + source, in_block, 0)
+    current = tl.where(is_new, new, tl.load(place, in_block, 0))
+    tl.store(place, new, is_new)
+    tl.store(unmasking_step + answer, passes + tl.zeros_like(new), is_new)
+    tl.store(unmasking_confidence + answer, tl.load(confidence + source, in_block, 0.0), is_new)
+    tl.store(num_passes + row, passes + was_open)
+    is_open = is_open & (is_new == 0)
+    last, is_finished = tl.load(end + row), tl.load(finished + row).to(tl.int32)
+    if NUM_EOS > 0:
+        is_eos = position < 0
+        for i in range(NUM_EOS):
+            is_eos = is_eos | (current == tl.load(eos + i))
+        decided = tl.min(tl.where(is_open & in_block, offset, none), axis=0)
+        first = tl.min(tl.where(is_eos & in_block & (offset < decided), offset, none), axis=0)
+        is_finished = tl.where(first < none, 1, is_finished)
+        last = tl.where(first < none, tl.minimum(last, start + first + 1), last)
+        is_open = is_open & (is_finished == 0)
+        tl.store(end + row, last)
+        tl.store(finished + row, is_finished != 0)
+    tl.store(undecided + answer, is_open, exists)
+    first = tl.min(tl.where(is_open, position, none), axis=0)
+    tl.store(state + row, tl.max((is_open & in_block).to(tl.int32), axis=0).to(tl.int64))
+    tl.store(state + rows + row, is_finished.to(tl.int64))
+    tl.store(state + 2 * rows + row, tl.minimum(first.to(tl.int64), last))
+    tl.store(state + 3 * rows + row, tl.load(reach + row))
+
+
+def fused_write(canvas, statistics, accepted):
+    """`Canvas.write` and what follows from it, where no end-of-text is predicted. A program reads what it overwrites:
+    one warp, so that none is ahead of another."""
+    eos, batch_size, length = canvas.eos, *canvas.undecided.shape
+    _write[batch_size,](
+        statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.block_start,
+        canvas.ids if eos is None else eos, canvas.ids, canvas.undecided, canvas.unmasking_step,
+        canvas.unmasking_confidence, canvas.num_passes, canvas.end, canvas.finished, canvas.reach, canvas.state,
+        canvas.prompt_length, length, canvas.block_length, canvas.ids.stride(0),
+        NUM_EOS=0 if eos is None else len(eos), BLOCK=triton.next_power_of_2(length), num_warps=1,
+    )  # fmt: skip

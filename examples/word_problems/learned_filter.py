@@ -108,7 +108,7 @@ class Study:
         self.path.write_text(json.dumps(self.results, indent=1) + "\n")
 
     def measure(self, name, problems, kind=None, **settings):
-        key = json.dumps([name, problems, kind, settings])
+        key = json.dumps([name, problems, len(self.problems[problems]), kind, settings])
         if key not in self.results["rows"]:
             extra = {} if kind is None else {"unmasking_filter": self.filters[name, kind]}
             batch_size = (256 if problems == "long" else 512) if self.is_gpu else 8

@@ -200,6 +200,21 @@ def test_what_is_not_captured(family):
         assert any(map(captured_step._is_changeable, model.modules()))
 
 
+def test_asking_for_hidden_states_once_changes_nothing(family):
+    model = family.load()
+    assert model(torch.tensor([[5, 6]]), output_hidden_states=True).hidden_states
+    assert not any(map(captured_step._is_changeable, model.modules()))
+
+
+def test_a_generator_that_draws_nothing_is_no_hindrance(device, family, prompt):
+    model, settings = family.load().to(device.name), {"max_new_tokens": 12, "block_length": 6}
+    generator = torch.Generator(device.name)
+    model.generate(prompt.to(device.name), generator=generator, do_sample=True, **settings)
+    assert not device.captures
+    assert_same(*both(model, prompt.to(device.name), generator=generator, **settings))
+    assert device.captures
+
+
 @gpu
 def test_hooks_adapters_and_moved_weights_are_seen():
     model, family = FAMILIES["llada"].load().cuda(), FAMILIES["llada"]

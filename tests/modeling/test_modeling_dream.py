@@ -293,11 +293,17 @@ def test_drawn_positions_follow_the_softmax():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"use_sliding_window": True}, {"num_attention_heads": 5}, {"num_key_value_heads": 3}],
+    [
+        {"use_sliding_window": True},
+        {"hidden_act": "gelu"},
+        {"attention_dropout": 0.1},
+        {"num_attention_heads": 5},
+        {"num_key_value_heads": 3},
+    ],
     ids=lambda w: next(iter(w)),
 )
 def test_shapes_that_no_dream_has_are_refused(wrong):
-    with pytest.raises(ValueError, match=r"must be a multiple|`use_sliding_window=True`"):
+    with pytest.raises(ValueError, match=rf"must be a multiple|`{next(iter(wrong))}=.*is not supported"):
         DreamConfig(**(FAMILY.shape | wrong))
 
 

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from dparallel.modeling import layers, modeling_llada, token_statistics, triton_kernels
+from dparallel.modeling import TokenStatistics, layers, modeling_llada, token_statistics, triton_kernels
+from dparallel.modeling.canvas import ROW_STATE, Canvas, Layout
 
 pytest.importorskip("triton")
 
@@ -18,7 +19,8 @@ NARROW = torch.bfloat16 if torch.cuda.is_available() else torch.float16  # the i
 
 @pytest.fixture(autouse=True)
 def plain_functions_are_plain(monkeypatch):
-    for module in (layers, sys.modules["dparallel.modeling.token_statistics"]):
+    for name in ("layers", "token_statistics", "canvas"):
+        module = sys.modules[f"dparallel.modeling.{name}"]
         monkeypatch.setattr(module, "suit_kernels", lambda *tensors: False)
 
 
@@ -167,6 +169,30 @@ def test_only_masks_that_are_alike_for_all_queries_go_to_the_kernel(monkeypatch)
     assert not runs_kernel(one.repeat(1, 3, 1, 1).expand(-1, -1, 4, -1))
     config._attn_implementation = "eager"
     assert not runs_kernel(None)
+
+
+@pytest.mark.parametrize("eos", [(), (5,), (5, 6)])
+@pytest.mark.parametrize(("length", "block_length"), [(12, 4), (21, 8)])
+def test_writing_to_a_canvas(eos, length, block_length):
+    """Block by block, with tokens that end rows now and then, on a canvas whose prompts are shorter than it allows."""
+    generator = torch.Generator().manual_seed(0)
+    layout = Layout(12, 5, length, True, False, MASK, eos, None, torch.device(DEVICE))
+    plain, fused = (Canvas(layout).load(torch.full((12, 3), 9, device=DEVICE)) for _ in range(2))
+    for start in range(0, length, block_length):
+        block = slice(start, min(start + block_length, length))
+        for canvas in (plain, fused):
+            canvas.enter(block)
+        for _ in range(block_length):
+            shape = (12, block.stop - start)
+            token = torch.randint(4, 20, shape, generator=generator).to(DEVICE)
+            statistics = TokenStatistics(token, torch.rand(shape, generator=generator).to(DEVICE), None, None)
+            accepted = (torch.rand(shape, generator=generator) < 0.4).to(DEVICE) & plain.undecided[:, block]
+            plain.write(statistics, accepted)
+            triton_kernels.fused_write(fused, statistics, accepted)
+            for name in (*ROW_STATE, "state"):
+                assert torch.equal(getattr(fused, name), getattr(plain, name)), name
+    if eos:
+        assert 0 < plain.finished.sum() < 12
 
 
 def test_where_kernels_are_used():

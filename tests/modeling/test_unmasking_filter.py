@@ -90,6 +90,28 @@ def test_replayed_steps_use_it(device, family):  # noqa: F811
             assert_same(*both(model, ids, unmasking_filter=unmasking_filter, **SETTINGS, pad_token_id=EOS))
 
 
+def test_replayed_steps_notice_that_its_weights_moved(device, family, prompt):  # noqa: F811
+    model, unmasking_filter = family.load().to(device.name), make_filter()
+    settings = {"unmasking_filter": unmasking_filter, **SETTINGS, "pad_token_id": EOS}
+    for _ in range(2):
+        model.generate(prompt.to(device.name), **settings)
+    before = len(device.captures)
+    for parameter in unmasking_filter.parameters():
+        parameter.data = -parameter.data
+    assert_same(*both(model, prompt.to(device.name), **settings))
+    assert len(device.captures) > before
+
+
+def test_it_is_found_whatever_the_checkpoint_decodes_by(family, prompt, tmp_path):
+    model, unmasking_filter = family.load(), make_filter()
+    model.set_unmasking_filter(unmasking_filter)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`push_to_hub=True` would leave the filter behind"):
+        model.save_pretrained(tmp_path, push_to_hub=True)
+    again = family.model.from_pretrained(tmp_path)
+    assert torch.equal(again.generate(prompt, **SETTINGS), model.generate(prompt, **SETTINGS))
+
+
 def test_it_travels_with_its_model(family, prompt, tmp_path):
     model, unmasking_filter = family.load(), make_filter()
     given = model.generate(prompt, unmasking_filter=unmasking_filter, **SETTINGS)
@@ -133,7 +155,7 @@ def test_a_checkpoint_that_lacks_its_filter_says_so(family, prompt, tmp_path, ca
     model.generation_config.update(**SETTINGS)
     model.save_pretrained(tmp_path)
     again = family.model.from_pretrained(tmp_path)
-    assert "has none in `unmasking_filter`" in caplog.text
+    assert "none was found in `unmasking_filter`" in caplog.text
     with pytest.raises(ValueError, match=r"`unmasking_filter=None` is not allowed: it must be an UnmaskingFilter"):
         again.generate(prompt)
     assert again.generate(prompt, unmasking="confidence_threshold").shape == (1, 31)

@@ -43,15 +43,15 @@ def captured_steps(model):
 
 def _can_capture(model) -> bool:
     parameters = list(model.parameters())
-    return not (
-        not parameters
-        or parameters[0].device.type != "cuda"
-        or not model._can_compile_fullgraph
-        or getattr(model, "hf_quantizer", None) is not None
-        or model.config._attn_implementation not in CAPTURABLE_ATTENTION
-        or torch.is_autocast_enabled("cuda")
-        or any(parameter.device != parameters[0].device for parameter in parameters)
-        or any(map(_is_changeable, model.modules()))
+    return (
+        bool(parameters)
+        and parameters[0].device.type == "cuda"
+        and all(parameter.device == parameters[0].device for parameter in parameters)
+        and model._can_compile_fullgraph
+        and model.config._attn_implementation in CAPTURABLE_ATTENTION
+        and getattr(model, "hf_quantizer", None) is None
+        and not torch.is_autocast_enabled("cuda")
+        and not any(map(_is_changeable, model.modules()))
     )
 
 

@@ -577,7 +577,10 @@ class DiffusionGenerationMixin(GenerationMixin):
         # What a user gave may count on the rows that it was given with.
         rows_may_leave = not criteria and all(type(each) in POSITIONWISE_PROCESSORS for each in processors)
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
-        addresses = [tensor.data_ptr() for tensor in tensors]
+        fixed = (  # what steps depend on, beside the span and the block's length
+            *(tensor.data_ptr() for tensor in tensors),
+            *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
+        )
         for block, settings in self._blocks(config, generator):
             if rows_may_leave and not all(finished):
                 canvas, finished = self._without_ended_rows(canvas, steps, finished)
@@ -594,16 +597,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 if steps is None:
                     step()
                 else:
-                    steps.run(
-                        canvas,
-                        (
-                            span,
-                            canvas.block_length,
-                            *addresses,
-                            *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
-                        ),
-                        step,
-                    )
+                    steps.run(canvas, (span, canvas.block_length, *fixed), step)
                 is_open, finished, decided, reach = canvas.look()
                 is_late = any(clock(torch.empty(1, 0), None).any() for clock in clocks)
                 if is_late:

@@ -3,6 +3,7 @@
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -16,6 +17,19 @@ from .triton_kernels import (
     fused_silu_product,
     suit_kernels,
 )
+
+
+class BidirectionalPreTrainedModel(PreTrainedModel):
+    """What models of these layers can do."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
 
 class RMSNorm(nn.Module):
@@ -55,6 +69,15 @@ def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_valu
         mask = torch.where(mask[:, :, :1], 0.0, torch.finfo(hidden_states.dtype).min).to(hidden_states.dtype)
         mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
     return mask
+
+
+def prepare_attention(module, config, layer_idx):
+    """Give a module what `attention` and transformers' attention functions read of it."""
+    module.config = config
+    module.layer_idx = layer_idx
+    module.head_dim = config.hidden_size // config.num_attention_heads
+    module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+    module.is_causal = False
 
 
 def attention(module, projected, position_embeddings, attention_mask, past_key_values, **kwargs):

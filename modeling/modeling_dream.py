@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.generation import (
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -31,7 +30,14 @@ from .generation_diffusion import (
     require,
     select_positions,
 )
-from .layers import RMSNorm, attention, bidirectional_mask, silu_product
+from .layers import (
+    BidirectionalPreTrainedModel,
+    RMSNorm,
+    attention,
+    bidirectional_mask,
+    prepare_attention,
+    silu_product,
+)
 from .packed_projections import project
 
 # `alg` of the official `diffusion_generate`, as policy and schedule.
@@ -73,11 +79,7 @@ class DreamAttention(nn.Module):
 
     def __init__(self, config: DreamConfig, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.is_causal = False  # read by transformers' attention functions
+        prepare_attention(self, config, layer_idx)
         kv_size = config.num_key_value_heads * self.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=True)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
@@ -119,17 +121,9 @@ class DreamDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.mlp(x), weights
 
 
-class DreamPreTrainedModel(PreTrainedModel):
+class DreamPreTrainedModel(BidirectionalPreTrainedModel):
     config_class = DreamConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["DreamDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {
         "hidden_states": DreamDecoderLayer,
         "attentions": OutputRecorder(DreamDecoderLayer, index=1),

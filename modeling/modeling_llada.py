@@ -6,7 +6,6 @@ The architecture is described in "Large Language Diffusion Models" (https://arxi
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -14,7 +13,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada import LLaDAConfig
 from .generation_diffusion import DiffusionGenerationMixin, select_positions
-from .layers import RMSNorm, attention, bidirectional_mask, silu_product
+from .layers import (
+    BidirectionalPreTrainedModel,
+    RMSNorm,
+    attention,
+    bidirectional_mask,
+    prepare_attention,
+    silu_product,
+)
 from .packed_projections import project
 
 
@@ -34,11 +40,7 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
 
     def __init__(self, config: LLaDAConfig, layer_idx: int):
         super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.head_dim = config.d_model // config.n_heads
-        self.num_key_value_groups = config.n_heads // config.n_kv_heads
-        self.is_causal = False  # read by transformers' attention functions
+        prepare_attention(self, config, layer_idx)
         kv_size = config.n_kv_heads * self.head_dim
         self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
@@ -58,17 +60,9 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         return hidden_states, weights
 
 
-class LLaDAPreTrainedModel(PreTrainedModel):
+class LLaDAPreTrainedModel(BidirectionalPreTrainedModel):
     config_class = LLaDAConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDALlamaBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
-    _supports_sdpa = True
-    _supports_flash_attn = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_compile_fullgraph = True
     _can_record_outputs = {"hidden_states": LLaDALlamaBlock, "attentions": OutputRecorder(LLaDALlamaBlock, index=1)}
 
 

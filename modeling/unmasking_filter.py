@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 SUBFOLDER = "unmasking_filter"
 STATISTICS = ("confidence", "entropy", "margin")  # of TokenStatistics
+FILLING = {"confidence": 1.0, "margin": 1.0}  # of positions that a short block lacks: decided and certain; else 0
 FEATURES = (*STATISTICS, "masked", "position", "punctuation", "digit")
 
 
@@ -114,10 +115,8 @@ class UnmaskingFilter(PreTrainedModel):
         found["position"] = place.expand_as(confidence)
         if self.config.reads_tokens:
             found |= {name: getattr(self, name)[token] for name in ("punctuation", "digit")}
-        # What a position holds that is decided and certain.
-        filling = dict.fromkeys(FEATURES, 0.0) | {"confidence": 1.0, "margin": 1.0}
         columns = [
-            nn.functional.pad(found[name].float(), (0, width - length), value=filling[name])
+            nn.functional.pad(found[name].float(), (0, width - length), value=FILLING.get(name, 0.0))
             for name in self.config.features
         ]
         logits = self.layers(torch.cat(columns, dim=1))[:, :length]

@@ -1,7 +1,6 @@
 """Training of Learn2PD's filter: what an oracle would accept, recorded, and learned ("Learning to Parallel",
 https://arxiv.org/abs/2509.25188)."""
 
-import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,11 +9,11 @@ from datasets import Dataset
 from transformers import Trainer, TrainingArguments
 
 from dparallel.modeling import UnmaskingFilter, token_statistics
+from dparallel.modeling.unmasking_filter import FILLING, STATISTICS
 
 from .resumable_shards import map_in_shards
-from .trajectories import model_digest
+from .trajectories import model_digest, rows_digest
 
-STATISTICS = ("confidence", "entropy", "margin")
 COLUMNS = ("example_id", "block", "step", *STATISTICS, "masked", "token", "labels")
 
 
@@ -59,10 +58,7 @@ def record_oracle(
         return [row for batch in batches for row in _decode_with_oracle(model, batch, max_new_tokens, block_length)]
 
     trajectories = trajectories.select_columns(["example_id", "input_ids", "prompt_length"])
-    digest = hashlib.blake2b(digest_size=16)
-    for row in trajectories:
-        digest.update(repr(row).encode())
-    job = {"model": model_digest(model), "trajectories": digest.hexdigest()}
+    job = {"model": model_digest(model), "trajectories": rows_digest(trajectories)}
     job |= {"max_new_tokens": max_new_tokens, "block_length": block_length}
     return map_in_shards(record_shard, trajectories, output_dir, job, shard_size, desc="Asking the oracle")
 
@@ -104,12 +100,12 @@ def _decode_with_oracle(model, rows, max_new_tokens, block_length):
 
 def _records(rows, statistics, undecided, is_equal, block, step, block_length):
     """Those of the examples whose block is still open."""
-    filling = {"confidence": 1.0, "entropy": 0.0, "margin": 1.0, "masked": 0, "token": 0, "labels": 1}
+    filling = FILLING | {"labels": 1}
     columns = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
     columns |= {"masked": undecided.long(), "labels": is_equal.long()}
     missing = block_length - undecided.shape[1]
     columns = {
-        name: torch.nn.functional.pad(column, (0, missing), value=filling[name]).tolist()
+        name: torch.nn.functional.pad(column, (0, missing), value=filling.get(name, 0)).tolist()
         for name, column in columns.items()
     }
     return [
@@ -162,7 +158,6 @@ class FilterConfig(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch, not the last."})
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What best means."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
-    remove_unused_columns: bool = field(default=True, metadata={"help": "Drop what the filter does not read."})
 
     def __post_init__(self):
         if not 0 < self.eval_share < 1:

@@ -82,15 +82,12 @@ def generate_trajectories(
         prompts = prompts.map(
             lambda row: {"input_ids": tokenize_prompt(row["prompt"], tokenizer)}, num_proc=num_proc, desc="Tokenizing"
         )
-    digest = hashlib.blake2b(digest_size=16)
-    for number, row in enumerate(prompts):
-        length = len(row["input_ids"])
+    for number, length in enumerate(map(len, prompts["input_ids"])):
         if limit is not None and length + max_new_tokens > limit:
             raise ValueError(
                 f"Prompt {number} has {length} tokens: with `max_new_tokens={max_new_tokens}` that is more than "
                 f"`config.max_position_embeddings={limit}`. Leave such prompts out, or lower `max_new_tokens`."
             )
-        digest.update(repr(row).encode())
     model.eval()
 
     def is_right(row):
@@ -119,7 +116,7 @@ def generate_trajectories(
             is_right({**shard[0], **rows[0]})  # so that a judge that fails does so now, and not after hours
         return rows
 
-    job = {"model": model_digest(model), "prompts": digest.hexdigest(), "seed": seed, "generate": resolved}
+    job = {"model": model_digest(model), "prompts": rows_digest(prompts), "seed": seed, "generate": resolved}
     if config.unmasking == "learned_filter" and model.unmasking_filter is not None:
         job["unmasking_filter"] = model_digest(model.unmasking_filter)
     answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
@@ -161,6 +158,14 @@ def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
             prompts, answers, steps, output.num_tokens.tolist(), output.num_forward_passes.tolist(), strict=True
         )
     ]
+
+
+def rows_digest(dataset) -> str:
+    """A hash of all rows, in their order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in dataset:
+        digest.update(repr(row).encode())
+    return digest.hexdigest()
 
 
 def model_digest(model) -> str:

@@ -86,7 +86,8 @@ class CapturedSteps:
     def __init__(self, origin):
         self.origin, self.failed = origin, False
         self.canvases = OrderedDict()  # the least recently used first
-        self.pool = self.stream = None
+        self.graphs = weakref.WeakSet()  # those that canvases still hold
+        self.stream = None
 
     def borrow(self, layout: Layout) -> Canvas:
         """A canvas that nobody else uses, with the graphs that were captured on it."""
@@ -133,16 +134,18 @@ class CapturedSteps:
 
     def _capture(self, device, step):
         with torch.cuda.device(device):
-            if self.pool is None:
-                self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+            self.stream = self.stream or torch.cuda.Stream()
+            # The pool of the others. Not one that is remembered: a pool ends with its last graph.
+            pool = next((graph.pool() for graph in self.graphs), None)
             graph = torch.cuda.CUDAGraph()
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 # Other threads may go on using the device.
-                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     step()
                 finally:
                     graph.capture_end()
             torch.cuda.current_stream().wait_stream(self.stream)
+        self.graphs.add(graph)
         return graph

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, LargeList, List
 from transformers import Trainer, TrainingArguments
 
 from dparallel.modeling import UnmaskingFilter, token_statistics
@@ -158,11 +158,31 @@ class FilterConfig(TrainingArguments):
     load_best_model_at_end: bool = field(default=True, metadata={"help": "Keep the best epoch, not the last."})
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What best means."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold what filters read, and no more."})
 
     def __post_init__(self):
         if not 0 < self.eval_share < 1:
             raise ValueError(f"`eval_share={self.eval_share!r}` is not allowed: it must be between 0 and 1.")
         super().__post_init__()
+
+
+class _Passes(torch.utils.data.Dataset):
+    """Rows as tensors, which a batch is a slice of: taking rows apart and putting them together again would take forty
+    times as long as the network."""
+
+    def __init__(self, records):
+        names = [name for name in COLUMNS if isinstance(records.features[name], (List, LargeList))]
+        self.columns = {name: torch.from_numpy(np.stack(records.with_format("numpy")[name][:])) for name in names}
+
+    def __len__(self):
+        return len(self.columns["labels"])
+
+    def __getitems__(self, rows):
+        return {name: column[rows] for name, column in self.columns.items()}
+
+    @staticmethod
+    def collate(batch):
+        return batch
 
 
 class FilterTrainer(Trainer):
@@ -193,8 +213,9 @@ class FilterTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=train_dataset.with_format("torch"),
-            eval_dataset=eval_dataset.with_format("torch"),
+            train_dataset=_Passes(train_dataset),
+            eval_dataset=_Passes(eval_dataset),
+            data_collator=_Passes.collate,
             **kwargs,
         )
 

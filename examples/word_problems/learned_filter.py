@@ -29,6 +29,7 @@ from dparallel.trainer import (
     generate_trajectories,
     oracle_passes,
     record_oracle,
+    split_by_prompt,
 )
 
 HERE = Path(__file__).parent
@@ -96,9 +97,10 @@ class Study:
                     str(target), use_cpu=True, report_to="none", num_train_epochs=self.arguments.epochs,
                     logging_strategy="no", disable_tqdm=True,
                 )  # fmt: skip
-                trainer = FilterTrainer(unmasking_filter, config, records)
+                training, held_out = split_by_prompt(records, config.eval_share)
+                trainer = FilterTrainer(unmasking_filter, config, training, held_out)
                 trainer.train()
-                rates = acceptance_rates(trainer.model, trainer.eval_dataset, CANDIDATES["learned_filter"])
+                rates = acceptance_rates(trainer.model, held_out, CANDIDATES["learned_filter"])
                 self.results.setdefault("rates", {})[f"{name}, {kind}"] = rates
                 trainer.model.save_pretrained(target)
             self.filters[name, kind] = UnmaskingFilter.from_pretrained(target)

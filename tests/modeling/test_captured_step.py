@@ -170,8 +170,12 @@ def test_memory_is_bounded(device, family, monkeypatch):
         assert_same(*both(model, torch.tensor([[5, 6]], device=device.name), **settings))
     assert max(count for count, _ in kept) == 3 and max(graphs for _, graphs in kept) == 2
     monkeypatch.setattr(captured_step, "MAX_MEMORY_SHARE", 0.0)
-    model.generate(torch.tensor([[5, 6]], device=device.name), max_new_tokens=7)
-    assert kept[-1][0] == 1
+    for _ in range(2):  # with nothing left of what was there, captures go on
+        captures = len(device.captures)
+        for length in (7, 9):
+            assert_same(*both(model, torch.tensor([[5, 6]], device=device.name), max_new_tokens=length))
+            assert kept[-1][0] == 1
+        assert len(device.captures) == captures + 2
 
 
 def test_a_capture_that_fails_is_no_trouble(device, family, monkeypatch, caplog):

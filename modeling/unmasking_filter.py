@@ -10,8 +10,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 SUBFOLDER = "unmasking_filter"
 STATISTICS = ("confidence", "entropy", "margin")  # of TokenStatistics
-FILLING = {"confidence": 1.0, "margin": 1.0}  # of positions that a short block lacks: decided and certain; else 0
-FEATURES = (*STATISTICS, "masked", "position", "punctuation", "digit")
+FILLING = {"confidence": 1.0, "margin": 1.0, "log_odds": 1.0}  # where a short block ends: decided, certain; else 0
+FEATURES = (*STATISTICS, "log_odds", "masked", "position", "punctuation", "digit")
+MAX_LOG_ODDS = 10.0
 
 
 class UnmaskingFilterConfig(PreTrainedConfig):
@@ -23,7 +24,8 @@ class UnmaskingFilterConfig(PreTrainedConfig):
         hidden_size (`int`, *optional*): width; `block_length` if unset.
         num_layers (`int`, defaults to 2): linear layers, with a ReLU between them.
         features (list of `str`, defaults to `["confidence"]`): what it reads of each position: `"confidence"`,
-            `"entropy"`, `"margin"` (see `TokenStatistics`), `"masked"` (is it still to be written?), `"position"` (its
+            `"entropy"`, `"margin"` (see `TokenStatistics`), `"log_odds"` (of the confidence c: log(c / (1 - c)), from
+            -10 to 10, over 10; it tells 0.99 from 0.9999), `"masked"` (is it still to be written?), `"position"` (its
             place in the block, from 0 to 1), `"punctuation"` and `"digit"` (is the predicted token one?).
         vocab_size (`int`, *optional*): of the model, for the last two.
 
@@ -113,6 +115,7 @@ class UnmaskingFilter(PreTrainedModel):
         place = torch.arange(length, device=confidence.device) / width
         found = {"confidence": confidence, "entropy": entropy, "margin": margin, "masked": masked}
         found["position"] = place.expand_as(confidence)
+        found["log_odds"] = torch.logit(confidence.float()).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS) / MAX_LOG_ODDS
         if self.config.reads_tokens:
             found |= {name: getattr(self, name)[token] for name in ("punctuation", "digit")}
         columns = [

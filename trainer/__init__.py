@@ -9,6 +9,7 @@ from .filter_trainer import (
     choose_threshold,
     oracle_passes,
     record_oracle,
+    split_by_prompt,
 )
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer, last_complete_checkpoint
@@ -28,4 +29,5 @@ __all__ = [
     "last_complete_checkpoint",
     "oracle_passes",
     "record_oracle",
+    "split_by_prompt",
 ]

@@ -265,7 +265,8 @@ class MaskedDiffusionTrainer(Trainer):
         views = len(masks.hidden) // len(input_ids)
         input_ids, attention_mask = input_ids.repeat(views, 1), attention_mask.repeat(views, 1)
         # Only scored positions go through the head: there are never logits of whole sequences.
-        positions, is_scored = gather_positions(masks.scored)
+        # What is compiled is compiled anew for each shape: then let there be few.
+        positions, is_scored = gather_positions(masks.scored, 32 if self.args.torch_compile else 8)
         outputs = model(
             input_ids=input_ids.masked_fill(masks.hidden, self.mask_token_id),
             # Without a mask, attention has faster kernels to choose from.

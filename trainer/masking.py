@@ -144,11 +144,11 @@ def complementary_masks(
     )
 
 
-def gather_positions(masked: torch.BoolTensor):
+def gather_positions(masked: torch.BoolTensor, multiple: int = 8):
     """The masked positions of each row, first to last: (B, T) -> positions (B, M) and is_real (B, M). M is the largest
-    number in a row, rounded up to a multiple of 8 as matrix units like it. Rows are filled up with positions that are
-    not real."""
+    number in a row, rounded up to a multiple of `multiple`: 8 because matrix units like it, more for fewer shapes.
+    Rows are filled up with positions that are not real."""
     counts = masked.sum(dim=1)
-    longest = min(max(-(-int(counts.max()) // 8) * 8, 1), masked.shape[1])  # at least one, real or not
+    longest = min(max(-(-int(counts.max()) // multiple) * multiple, 1), masked.shape[1])  # at least one, real or not
     positions = masked.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
     return positions, torch.arange(longest, device=masked.device) < counts[:, None]

@@ -33,7 +33,10 @@ from dparallel.trainer.lora import complete_lora_config
 from dparallel.trainer.masking import complementary_masks
 
 PROMPT_LENGTH, BLOCK_LENGTH = 128, 32
-KINDS = ("plain", "trainer", "trainer, compiled", "trainer, checkpointing", "trainer, compiled, checkpointing")
+KINDS = (
+    "plain", "trainer", "trainer, blocks compiled", "trainer, model captured", "trainer, checkpointing",
+    "trainer, blocks compiled, checkpointing",
+)  # fmt: skip
 
 
 def adapter(rank):
@@ -92,8 +95,8 @@ class Stopwatch(TrainerCallback):
 def trainer_steps(model, rows, arguments, tokenizer, output_dir):
     """Seconds of each step."""
     stopwatch, examples = Stopwatch(), [{"input_ids": row, "prompt_length": PROMPT_LENGTH} for row in rows.tolist()]
-    is_compiled, is_checkpointing = (word in arguments.kind for word in ("compiled", "checkpointing"))
-    if is_compiled:
+    blocks, captured, checkpointing = (word in arguments.kind for word in ("blocks", "captured", "checkpointing"))
+    if blocks:
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
     config = CertaintyForcingConfig(
         output_dir=output_dir,
@@ -104,8 +107,9 @@ def trainer_steps(model, rows, arguments, tokenizer, output_dir):
         max_steps=arguments.warm_up + arguments.steps,
         bf16=torch.cuda.is_available(),
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=is_checkpointing,
-        torch_compile=is_compiled,
+        gradient_checkpointing=checkpointing,
+        torch_compile=blocks or captured,
+        torch_compile_mode="reduce-overhead" if captured else None,  # forward and backward as CUDA graphs
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,

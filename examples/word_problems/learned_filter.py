@@ -1,7 +1,8 @@
 """Train Learn2PD's filter for the models in the box, and compare it with thresholds.
 
-    python examples/word_problems/learned_filter.py                             # one GPU
-    python examples/word_problems/learned_filter.py --prompts 24 --problems 8 --long_problems 2 --epochs 20   # a try
+    python examples/word_problems/any_length.py --output_dir runs/any_length         # one GPU, as the next line
+    python examples/word_problems/learned_filter.py --models runs/any_length
+    python examples/word_problems/learned_filter.py --prompts 24 --problems 8 --long_problems 0 --epochs 20   # a try
 
 The model answers training problems one token a pass, an oracle that knows these answers decodes again, and a filter
 learns what the oracle accepted: the published one, which reads confidences, and one that reads more. Thresholds are
@@ -35,13 +36,14 @@ from dparallel.trainer import (
 HERE = Path(__file__).parent
 FEATURES = {
     "filter": ["confidence"],
-    "richer filter": ["confidence", "entropy", "margin", "masked", "position", "punctuation", "digit"],
+    "filter of log-odds": ["log_odds"],
+    "richer filter": ["log_odds", "entropy", "margin", "masked", "position", "punctuation", "digit"],
 }
 SLOW = {"unmasking": "confidence", "steps": ANSWER_LENGTH}
 CANDIDATES = {
     "confidence_threshold": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
     "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6],
-    "learned_filter": [0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.98],
+    "learned_filter": [0.5, 0.6, 0.7, 0.8, 0.9, 0.96, 0.98, 0.99],
 }
 ALLOWED_LOSS = 0.005
 LONG_ANSWER_LENGTH = 1024
@@ -67,7 +69,8 @@ class Study:
 
     def model(self, name):
         if name not in self.models:
-            path = HERE / {"teacher": "checkpoint", "student": "student"}[name]
+            in_the_box = HERE / {"teacher": "checkpoint", "student": "student"}[name]
+            path = self.arguments.models / name if self.arguments.models else in_the_box
             model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
             self.models[name] = model.to("cuda" if self.is_gpu else "cpu").eval()
         return self.models[name]
@@ -173,6 +176,7 @@ class Study:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learned_filter"))
+    parser.add_argument("--models", type=Path, help="folder with `teacher` and `student`; default: those in the box")
     parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)

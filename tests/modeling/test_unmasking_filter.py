@@ -48,6 +48,14 @@ def test_what_it_computes():
             torch.testing.assert_close(unmasking_filter.finality(found, masked)[row], expected)
 
 
+def test_log_odds():
+    confidence = torch.tensor([[0.0, 0.25, 0.5, 0.9, 0.9999, 1.0]])
+    first, _, second = (unmasking_filter := make_filter(features=["log_odds"])).layers
+    inputs = torch.tensor([-10, -1.0986123, 0, 2.1972246, 9.2102404, 10]) / 10
+    expected = second(first(inputs).clamp(min=0))
+    torch.testing.assert_close(unmasking_filter(confidence)["logits"][0], expected, atol=1e-3, rtol=1e-3)
+
+
 def test_words_and_digits(word_tokenizer):
     unmasking_filter = make_filter(features=["digit", "punctuation"], vocab_size=len(word_tokenizer))
     unmasking_filter.read_tokenizer(word_tokenizer)

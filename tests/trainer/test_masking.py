@@ -125,11 +125,12 @@ def test_first_position_is_not_learned_by_a_shifted_family():
     assert response.tolist() == [[False, True, True, True, True], [False, False, False, True, False]]
 
 
-def test_gather_positions():
+@pytest.mark.parametrize("multiple", [8, 32])
+def test_gather_positions(multiple):
     masked = torch.rand(50, 37, generator=torch.Generator().manual_seed(0)) < torch.rand(50, 1)
     masked[3] = False
-    positions, is_real = gather_positions(masked)
-    assert positions.shape[1] == min(-(-int(masked.sum(dim=1).max()) // 8) * 8, 37)
+    positions, is_real = gather_positions(masked, multiple)
+    assert positions.shape[1] == min(-(-int(masked.sum(dim=1).max()) // multiple) * multiple, 37)
     for row in range(50):
         assert positions[row][is_real[row]].tolist() == masked[row].nonzero().flatten().tolist()
 

@@ -1,0 +1,126 @@
+"""Teach the models in the box answers of all lengths.
+
+    python examples/word_problems/any_length.py --output_dir runs/any_length                              # one GPU
+    python examples/word_problems/any_length.py --problems 64 --max_steps 2 --batch_size 4 --lengths 64 96     # a try
+
+They were trained on answers of 128 tokens, end-of-text padding included, and solve few problems in a canvas of 64 or
+of 256. Dropping what is behind a predicted end, or decoding up to 1,024 tokens, needs models that know such canvases.
+The teacher goes on with its own training, each answer filled up with end-of-text to a length drawn from `--lengths`;
+the student with its distillation, on that teacher's right answers. Both are saved to be studied, not to be shipped.
+"""
+
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from distillation import to_prompt
+from evaluation import ANSWER_LENGTH, evaluate
+from problems import generate_problems, is_correct, to_conversation
+from transformers import AutoTokenizer
+
+from dparallel.modeling import LLaDAModelLM
+from dparallel.trainer import (
+    CertaintyForcingConfig,
+    CertaintyForcingTrainer,
+    MaskedDiffusionConfig,
+    MaskedDiffusionTrainer,
+    generate_trajectories,
+)
+from dparallel.trainer.tokenization import tokenize_example
+
+HERE = Path(__file__).parent
+SEED = 31
+
+
+def fill_up(rows, lengths, eos_token_id):
+    """`input_ids` and `prompt_length`, with responses of random lengths; of the same ones in each run."""
+    drawn = np.random.default_rng(SEED).choice(lengths, size=len(rows)).tolist()
+
+    def fill_row(row, number):
+        ids, start = row["input_ids"], row["prompt_length"]
+        return {"input_ids": [*ids, *[eos_token_id] * (drawn[number] - (len(ids) - start))], "prompt_length": start}
+
+    return rows.map(fill_row, with_indices=True, remove_columns=rows.column_names)
+
+
+def train(trainer_class, config_class, source, rows, tokenizer, target, arguments, **settings):
+    config = config_class(
+        output_dir=str(target / "training"),
+        max_length=None,
+        block_length=32,
+        pad_to_multiple_of=32,
+        train_sampling_strategy="group_by_length",
+        max_steps=arguments.max_steps,
+        per_device_train_batch_size=arguments.batch_size,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        weight_decay=0.01,
+        adam_beta2=0.98,
+        bf16=torch.cuda.is_available(),
+        dataloader_drop_last=True,
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        **settings,
+    )
+    model = LLaDAModelLM.from_pretrained(source, dtype=torch.float32)
+    trainer_class(model, config, train_dataset=rows, processing_class=tokenizer).train()
+    model.to(torch.bfloat16).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def load(path):
+    is_gpu = torch.cuda.is_available()
+    model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if is_gpu else torch.float32)
+    return model.to("cuda" if is_gpu else "cpu").eval()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"))
+    parser.add_argument("--problems", type=int, default=50_000, help="to train with, for each of the models")
+    parser.add_argument("--max_steps", type=int, default=800, help="of each of the models")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 96, 128, 192, 256, 384, 512, 768, 1024])
+    arguments = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "checkpoint", padding_side="left")
+    problems = list(islice(generate_problems("train", arguments.problems, SEED), arguments.problems))
+    held_out = list(islice(generate_problems("validation", 500, SEED), min(500, arguments.problems)))
+    teacher, student = arguments.output_dir / "teacher", arguments.output_dir / "student"
+
+    def report(path, **decoding):
+        for length in (min(arguments.lengths), ANSWER_LENGTH, max(arguments.lengths)):
+            result = evaluate(load(path), tokenizer, held_out, path.name, 128, max_new_tokens=length, **decoding)
+            print(f"{path.name}, answers of up to {length}: {100 * result.accuracy:.1f}% in {result.nfe:.1f} passes")
+
+    if not (teacher / "config.json").exists():
+        rows = Dataset.from_list([tokenize_example(to_conversation(problem), tokenizer) for problem in problems])
+        rows = fill_up(rows, arguments.lengths, tokenizer.eos_token_id)
+        classes = (MaskedDiffusionTrainer, MaskedDiffusionConfig)
+        train(
+            *classes, HERE / "checkpoint", rows, tokenizer, teacher, arguments,
+            learning_rate=5e-4, loss_weighting="token",
+        )  # fmt: skip
+    report(teacher, unmasking="entropy_threshold", threshold=0.1)
+    if not (student / "config.json").exists():
+        rows = generate_trajectories(
+            load(teacher), tokenizer, Dataset.from_list([to_prompt(problem) for problem in problems]),
+            arguments.output_dir / "answers", lambda row: is_correct(row["response"], row["answer"]),
+            batch_size=1024, shard_size=8192, max_new_tokens=ANSWER_LENGTH,
+            unmasking="entropy_threshold", threshold=0.1,
+        )  # fmt: skip
+        rows = rows.filter(lambda row: row["correct"]).select_columns(["input_ids", "prompt_length"])
+        rows = fill_up(rows, arguments.lengths, tokenizer.eos_token_id)
+        classes = (CertaintyForcingTrainer, CertaintyForcingConfig)
+        train(
+            *classes, HERE / "student", rows, tokenizer, student, arguments,
+            learning_rate=2e-4, mask_ratio_low=0.0, mask_ratio=1.0,
+        )  # fmt: skip
+    report(student)
+
+
+if __name__ == "__main__":
+    main()

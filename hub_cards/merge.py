@@ -1,12 +1,15 @@
 """From an adapter to a plain checkpoint that anybody loads."""
 
 import copy
+import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
+
+from .model_card import TRAINING_FILE
 
 
 def merge_adapter(
@@ -57,4 +60,6 @@ def merge_adapter(
     model.generation_config = generation_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
+    if source is not None and (Path(source) / TRAINING_FILE).exists():
+        shutil.copy(Path(source) / TRAINING_FILE, output_dir)  # for its card
     return model

@@ -41,6 +41,8 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     `metric_for_best_model`; the published recipe over-trains, so choose the checkpoint by them.
     """
 
+    _name = "certainty-forcing distillation"
+    _paper = {"title": "dParallel: Learnable Parallel Decoding for dLLMs", "id": "2509.26488"}
     _tag_names = ["dparallel", "diffusion", "dllm", "certainty-forcing"]
     _config_class = CertaintyForcingConfig
 

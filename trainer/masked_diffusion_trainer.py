@@ -7,8 +7,11 @@ import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState, set_seed
 
+from dparallel.hub_cards.model_card import model_card
+from dparallel.hub_cards.upload import upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
 from .lora import complete_lora_config
@@ -16,6 +19,7 @@ from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
 from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
+from .training_record import hub_datasets, save_training_record
 
 logger = get_logger(__name__)
 
@@ -76,6 +80,8 @@ class MaskedDiffusionTrainer(Trainer):
     the prefix `eval_`.
     """
 
+    _name = "masked diffusion training"
+    _paper = {"title": "Large Language Diffusion Models", "id": "2502.09992"}
     _tag_names = ["dparallel", "diffusion", "dllm"]
     _config_class = MaskedDiffusionConfig
 
@@ -124,6 +130,7 @@ class MaskedDiffusionTrainer(Trainer):
             data_collator = DataCollatorForMaskedDiffusion(
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id, args.pad_to_multiple_of
             )
+        self._hub_datasets = hub_datasets(train_dataset)
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, "train_dataset", processing_class, args)
         if isinstance(eval_dataset, dict):
@@ -320,9 +327,49 @@ class MaskedDiffusionTrainer(Trainer):
         pairs = zip(self._metric_names, sums.tolist(), strict=True)
         return {name: total / weight for name, (total, weight) in pairs if weight}
 
-    def create_model_card(self, *args, tags=None, **kwargs):
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        super().create_model_card(*args, tags=[*tags, *self._tag_names], **kwargs)
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
+
+    def create_model_card(
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **_
+    ):
+        """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
+        (see `hub_cards.model_card`), after saving it there if that was not done."""
+        folder = Path(self.args.output_dir)
+        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return
+        name = self.hub_model_id or model_name or folder.resolve().name
+        datasets = [dataset] if isinstance(dataset, str) else dataset
+        card = model_card(
+            folder, name, base_model=finetuned_from, datasets=datasets, license=license, language=language
+        )
+        wanted = [*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
+        card.data.tags = list(dict.fromkeys(wanted))
+        card.save(folder / "README.md")
+
+    def push_to_hub(
+        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
+    ):
+        """Save the model, or the adapter as it is, and push it with its card, in one commit and without pickles.
+        `hub_cards.push_model` merges adapters. Arguments as in `Trainer`; `card` are those of `create_model_card`."""
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        token = token or self.args.hub_token
+        private = self.args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        self.create_model_card(**card)
+        self._finish_current_push()
+        settings = {"private": bool(private), "revision": revision or self.args.hub_revision, "token": token}
+        arguments = (upload, self.args.output_dir, self.hub_model_id)
+        if blocking:
+            return upload(*arguments[1:], commit_message=commit_message, **settings)
+        return HfApi(token=token).run_as_future(*arguments, commit_message=commit_message, **settings)
 
 
 def last_complete_checkpoint(output_dir) -> str | None:

@@ -6,7 +6,7 @@ The teacher answers training problems. Students, one for each variant and seed, 
 them then are the teacher of a next round, and so on: each round answers in fewer passes, since what the one before it
 chose among equally good wordings is what the next one learns. Teacher and students solve test problems over a range of
 thresholds, the last student all 5,000 at the threshold that was chosen for it on validation problems. Out come
-`report.md`, `results.json`, `accuracy_against_nfe.png` and the folder `student`.
+`report.md`, `distillation.json`, `accuracy_against_nfe.png` and the folder `student` with its `results.json`.
 
 What was computed is not computed again: after a kill, the same command goes on. A small model leaves a GPU idle while
 the next student is compiled, so after `--until trajectories` several processes may share the students, each with
@@ -193,6 +193,20 @@ def brief(row):
     return {"decoding": json.loads(row["decoding"]), "problems": len(row["correct"]), **kept}
 
 
+def to_measurement(row):
+    """A row of `chosen` as the student's card shows it (`dparallel.hub_cards.Measurement`)."""
+    kept = {name: row[name] for name in ("accuracy", "nfe", "tpf", "seconds", "hardware", "date", "versions")}
+    return {
+        "task": "Word problems",
+        "dataset": "word-problems",
+        "split": "test",
+        "num_examples": row["problems"],
+        "decoding": {**row["decoding"], "stop_at_eos": row["stop_at_eos"]},
+        "model": None if row["model"] == "student" else row["model"],
+        **kept,
+    }
+
+
 def curve(rows, unmasking):
     """(NFE, accuracy) of the decodings by one policy, the fastest first."""
     return sorted((row["nfe"], row["accuracy"]) for row in rows if row["decoding"]["unmasking"] == unmasking)
@@ -220,7 +234,7 @@ def spread(results):
 
 
 def report(results, folder):
-    """Tables as Markdown, and the plot, from what is in `results.json`."""
+    """Tables as Markdown, and the plot, from what is in `distillation.json`."""
     teacher, students = results["teacher"], results["students"]
     one_token = next(row for row in teacher if row["decoding"] == ONE_TOKEN)
     target = one_token["accuracy"] - ALLOWED_LOSS
@@ -376,7 +390,9 @@ def main():
         "students": curves,
         "chosen": chosen,
     }
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / "distillation.json").write_text(json.dumps(results, indent=1) + "\n")
+    measurements = {"measurements": [to_measurement(row) for row in chosen]}
+    (folder / "student" / "results.json").write_text(json.dumps(measurements, indent=1) + "\n")
     report(results, folder)
 
 

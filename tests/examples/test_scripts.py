@@ -236,7 +236,7 @@ def test_the_proof_runs_and_goes_on(tmp_path):
     for name in ("both losses, round 2", "trajectory loss only, round 2", "certainty loss only"):
         assert f"| {name} |" in result.stdout
     assert (tmp_path / "out" / "accuracy_against_nfe.png").stat().st_size > 10_000
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    results = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert [len(student["rounds"]) for student in results["students"]] == [2, 2, 1]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", trust_remote_code=True)
     assert model.generation_config.unmasking in ("entropy_threshold", "entropy_bound")

@@ -1,0 +1,103 @@
+"""What was measured of a model, as its cards show it.
+
+A results file is JSON with a list `measurements`; the evaluation scripts write it, and whatever else is in it is left
+alone. Cards take their numbers from such files and from nowhere else.
+"""
+
+import json
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+
+from huggingface_hub import EvalResult
+
+RESULTS_FILE = "results.json"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One way of decoding, over the examples of one dataset.
+
+    Args:
+        task (`str`): what people call it, "GSM8K".
+        dataset (`str`): Hub id, or name, of the data; split (`str`) and num_examples (`int`): which of it.
+        decoding (`dict`): arguments of `generate()` that differ from the checkpoint's own.
+        accuracy (`float`): share of the examples that were solved, from 0 to 1.
+        nfe (`float`): forward passes for one example, the mean.
+        tpf (`float`): tokens up to and including the end-of-text, of all examples, over all passes.
+        hardware, date, versions (`str`): where and when it was measured, and with what.
+        seconds (`float`, *optional*): that all examples took together.
+        model (`str`, *optional*): another model that was measured for comparison; the model itself if unset.
+    """
+
+    task: str
+    dataset: str
+    split: str
+    num_examples: int
+    decoding: dict
+    accuracy: float
+    nfe: float
+    tpf: float
+    hardware: str
+    date: str
+    versions: str
+    seconds: float | None = None
+    model: str | None = None
+
+    @property
+    def settings(self) -> str:
+        """`decoding` in words: `entropy_threshold`, threshold 0.1."""
+        rest = {name: value for name, value in self.decoding.items() if name != "unmasking"}
+        words = [f"`{self.decoding['unmasking']}`"] if "unmasking" in self.decoding else []
+        words += [
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
+        ]
+        return ", ".join(words) or "as shipped"
+
+
+def load_measurements(path) -> list[Measurement]:
+    """Read a results file.
+
+    Raises:
+        ValueError: naming the file and the entry, if it holds no measurements or one that lacks something.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_text())["measurements"]
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"`results={str(path)!r}` must be a JSON file with a list `measurements`.") from error
+    known = {field.name for field in fields(Measurement)}
+    required = {field.name for field in fields(Measurement) if field.default is MISSING}
+    measurements = []
+    for number, entry in enumerate(entries):
+        if missing := sorted(required - set(entry)):
+            raise ValueError(f"{path}: measurement {number} lacks {missing}.")
+        measurement = Measurement(**{name: value for name, value in entry.items() if name in known})
+        if not 0 <= measurement.accuracy <= 1:
+            raise ValueError(
+                f"{path}: `accuracy={measurement.accuracy!r}` of measurement {number} must be from 0 to 1."
+            )
+        measurements.append(measurement)
+    return measurements
+
+
+def eval_results(measurements) -> list[EvalResult]:
+    """Those of the model itself, as metadata for the Hub: accuracy in percent, NFE and TPF."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=each.dataset,
+            dataset_name=each.task,
+            dataset_split=each.split,
+            metric_type=metric,
+            metric_name=f"{name}, {each.settings}".replace("`", ""),
+            metric_value=value,
+            metric_args=dict(each.decoding),
+        )
+        for each in measurements
+        if each.model is None
+        for metric, name, value in (
+            ("accuracy", "accuracy %", round(100 * each.accuracy, 2)),
+            ("nfe", "forward passes per example", round(each.nfe, 2)),
+            ("tpf", "tokens per forward pass", round(each.tpf, 2)),
+        )
+    ]

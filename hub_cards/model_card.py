@@ -1,0 +1,220 @@
+"""A model's card, filled from what its folder says of it."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import safe_open
+from transformers.utils import logging
+
+from .measurements import RESULTS_FILE, eval_results, load_measurements
+
+logger = logging.get_logger(__name__)
+
+TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
+TRAINING_FILE = "training.json"  # what trainers leave beside their models
+TAGS = ["diffusion", "dllm", "dparallel"]
+FAMILIES = {"llada": "LLaDA's architecture", "Dream": "Dream's architecture"}
+DECODING_FIELDS = (
+    "unmasking", "threshold", "steps", "schedule", "block_length", "max_new_tokens", "block_cache",
+    "cache_refresh", "cache_refresh_interval", "stop_at_eos", "eos_threshold",
+)  # fmt: skip
+LIMITATIONS = (
+    "What holds for the base model holds for this one: it makes mistakes that look right, and was not checked for "
+    "safety.",
+    "Numbers above hold for the decoding settings beside them. A looser threshold is faster and less accurate, and "
+    "caches are approximations: measure on your own task.",
+)
+PAPERS = {
+    "dparallel": (
+        "dParallel: Learnable Parallel Decoding for dLLMs", "2509.26488",
+        "Chen, Zigeng and Fang, Gongfan and Ma, Xinyin and Yu, Ruonan and Wang, Xinchao",
+    ),
+    "llada": (
+        "Large Language Diffusion Models", "2502.09992",
+        "Nie, Shen and Zhu, Fengqi and You, Zebin and Zhang, Xiaolu and Ou, Jingyang and Hu, Jun and Zhou, Jun and "
+        "Lin, Yankai and Wen, Ji-Rong and Li, Chongxuan",
+    ),
+    "Dream": (
+        "Dream 7B: Diffusion Large Language Models", "2508.15487",
+        "Ye, Jiacheng and Xie, Zhihui and Zheng, Lin and Gao, Jiahui and Wu, Zirui and Jiang, Xin and Li, Zhenguo and "
+        "Kong, Lingpeng",
+    ),
+    "learn2pd": (
+        "Learning to Parallel: Accelerating Diffusion Large Language Models via Learnable Parallel Decoding",
+        "2509.25188", "Bao, Wenrui and Chen, Zhiben and Xu, Dan and Shang, Yuzhang",
+    ),
+}  # fmt: skip
+
+
+def model_card(
+    folder,
+    repo_id,
+    *,
+    base_model=None,
+    datasets=None,
+    license=None,
+    language=None,
+    limitations=(),
+    prompt=None,
+    printed=None,
+    printed_on=None,
+) -> ModelCard:
+    """The card of a model, or of an adapter, that lies in a folder.
+
+    Everything is read there: `config.json`, `generation_config.json`, the sizes of the weights, `training.json` (which
+    trainers and `merge_adapter` leave) and `results.json` (see `measurements`). A card claims no number that is not in
+    the last one.
+
+    Args:
+        folder (`str` or `Path`): as `save_pretrained` leaves it.
+        repo_id (`str`): where it is going, "user/name".
+        base_model (`str`, *optional*): Hub id; by default what the training or the adapter says, if that is one.
+        datasets (list of `str`, *optional*): Hub ids; by default what the training says.
+        license (`str`, *optional*): by default the base model's, if it can be found.
+        language (`str` or list of `str`, *optional*): "en".
+        limitations (list of `str`): in addition to what holds for all such models.
+        prompt (`str`, *optional*), printed (`str`, *optional*), printed_on (`str`, *optional*): of the usage snippet:
+            the question in it, and what it printed, and where.
+
+    Raises:
+        ValueError: for a folder that holds no model, or results that cannot be read.
+    """
+    folder = Path(folder)
+    is_adapter = (folder / "adapter_config.json").exists()
+    config = _read(folder / "config.json")
+    if not is_adapter and not config:
+        raise ValueError(f"`folder={str(folder)!r}` must hold a model or an adapter, with its configuration.")
+    training, adapter = _read(folder / TRAINING_FILE), _read(folder / "adapter_config.json")
+    stated = base_model or training.get("base_model") or adapter.get("base_model_name_or_path")
+    base_model = stated if is_hub_id(stated) else None
+    family = config.get("model_type") or training.get("model_type")
+    has_results = (folder / RESULTS_FILE).exists()
+    measurements = load_measurements(folder / RESULTS_FILE) if has_results else []
+    has_filter = (folder / "unmasking_filter").is_dir()
+    remote_code = sorted(path.name for path in folder.glob("*.py"))
+    license = license or _license_of(base_model)
+    count = _count_parameters(folder)
+    generation = _read(folder / "generation_config.json")
+    papers = ["dparallel", *([family] if family in PAPERS else []), *(["learn2pd"] if has_filter else [])]
+    data = ModelCardData(
+        model_name=repo_id.split("/")[-1],
+        base_model=base_model,
+        base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
+        datasets=list(datasets or training.get("datasets", [])) or None,
+        eval_results=eval_results(measurements) or None,
+        language=language,
+        library_name="peft" if is_adapter else "transformers",
+        license=license,
+        pipeline_tag="text-generation",
+        tags=[*TAGS, *([family.lower()] if family else []), *(["custom_code"] if remote_code else [])],
+    )
+    method = training.get("method")
+    origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _name(stated)
+    source = f" from {origin}" if origin else ""
+    what = f"A model made{source} by {method}." if method else f"A masked diffusion language model{source}."
+    return ModelCard.from_template(
+        data,
+        template_str=TEMPLATE.read_text(),
+        name=repo_id.split("/")[-1],
+        what=what,
+        architecture=FAMILIES.get(family, family or "its base model's architecture"),
+        parameters=_in_words(count),
+        is_adapter=is_adapter,
+        snippet=usage_snippet(folder, repo_id, prompt),
+        printed=printed,
+        printed_on=printed_on,
+        remote_code=[f"`{name}`" for name in remote_code],
+        decoding={name: f"`{generation[name]!r}`" for name in DECODING_FIELDS if name in generation},
+        measurements=measurements,
+        training={name: training[name] for name in sorted(training)},
+        limitations=[*LIMITATIONS, *limitations],
+        licence=license or f"That of the base model{f', {origin}' if origin else ''}.",
+        citations="\n\n".join(map(bibtex, papers)),
+    )
+
+
+def usage_snippet(folder, repo_id, prompt=None) -> str:
+    """Python code that loads the model of a folder, which went to `repo_id`, and lets it answer."""
+    folder = Path(folder)
+    prompt = prompt or "What is 17 * 23?"
+    is_adapter = (folder / "adapter_config.json").exists()
+    is_large = _count_parameters(folder) > 1e9 or is_adapter
+    has_template = (folder / "chat_template.jinja").exists()
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if is_adapter:
+        lines += ["", "import dparallel.modeling  # the decoding; the adapter does not carry it"]
+    placed = ', device_map="auto"' if is_large else ""
+    lines += [
+        "",
+        f"repo = {json.dumps(repo_id)}",
+        "tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)",
+        f'model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype="auto"{placed})',
+    ]
+    if has_template:
+        lines += [
+            f'chat = [{{"role": "user", "content": {json.dumps(prompt, ensure_ascii=False)}}}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ").to(model.device)",
+        ]
+    else:
+        question = json.dumps(prompt, ensure_ascii=False)
+        lines += [f'inputs = tokenizer({question}, return_tensors="pt").to(model.device)']
+    lines += [
+        "output = model.generate(**inputs, return_dict_in_generate=True)",
+        'answer = output.sequences[0, inputs["input_ids"].shape[1] :]',
+        "print(tokenizer.decode(answer, skip_special_tokens=True))",
+        'print(output.num_forward_passes.item(), "forward passes")',
+    ]
+    return "\n".join(lines)
+
+
+def is_hub_id(name) -> bool:
+    """Is it a Hub id, and no folder of this machine?"""
+    return bool(name and re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(name)) and not Path(name).exists())
+
+
+def _name(path):
+    """Of a model that is no Hub id: the last part of its path, which says nothing of the machine."""
+    return f"`{Path(path).name}`" if path and Path(path).name else ""
+
+
+def _read(path):
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _license_of(base_model):
+    if base_model is None:
+        return None
+    try:
+        data = HfApi().model_info(base_model).card_data
+    except Exception as error:  # without network, or without right to read: the card can do without
+        logger.warning(f"The licence of {base_model} could not be read ({type(error).__name__}): pass `license`.")
+        return None
+    return data and data.get("license")
+
+
+def _count_parameters(folder):
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())
+    return count
+
+
+def _in_words(count):
+    for size, word in ((1e9, "billion"), (1e6, "million")):
+        if count >= size:
+            return f"{count / size:.1f} {word}"
+    return f"{count:,}"
+
+
+def bibtex(key) -> str:
+    title, number, authors = PAPERS[key]
+    return (
+        f"@article{{{key.lower()},\n  title = {{{title}}},\n  author = {{{authors}}},\n"
+        f"  journal = {{arXiv preprint arXiv:{number}}},\n  year = {{2025}}\n}}"
+    )

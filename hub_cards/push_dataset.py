@@ -1,0 +1,27 @@
+"""Share a dataset of trajectories.
+
+python -m dparallel.hub_cards.push_dataset runs/llada/trajectories user/my-trajectories --model user/teacher
+"""
+
+import argparse
+
+from dparallel.hub_cards import push_dataset
+from dparallel.hub_cards.command_line import add_push_arguments, run_push
+
+
+def main():
+    program, about = "python -m dparallel.hub_cards.push_dataset", __doc__.splitlines()[0]
+    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser.add_argument("dataset", help="folder of save_to_disk(), or of examples/generate_trajectories.py")
+    parser.add_argument("repo_id", help="user/name")
+    parser.add_argument("--model", help="Hub id of the teacher")
+    parser.add_argument("--sources", nargs="+", metavar="ID", help="datasets that the prompts come from")
+    parser.add_argument("--license")
+    parser.add_argument("--language", nargs="+")
+    parser.add_argument("--limitations", nargs="+", default=[], metavar="SENTENCE")
+    add_push_arguments(parser)
+    run_push(push_dataset, vars(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

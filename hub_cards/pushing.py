@@ -1,0 +1,255 @@
+"""Models and datasets to the Hub: what goes is put together in a folder, looked at, and uploaded in one commit."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, load_from_disk
+from huggingface_hub import CommitInfo, snapshot_download
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import dparallel.modeling  # also registers the model families with AutoModelForCausalLM
+
+from .dataset_card import dataset_card
+from .measurements import RESULTS_FILE, load_measurements
+from .merge import merge_adapter
+from .model_card import TRAINING_FILE, is_hub_id, model_card, usage_snippet
+from .upload import files_to_push, in_words, upload
+
+logger = logging.get_logger(__name__)
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+SHARD_BYTES = 500_000_000  # of a parquet file
+
+
+def push_model(
+    model,
+    repo_id,
+    *,
+    tokenizer=None,
+    merge=True,
+    base_model=None,
+    results=(),
+    training=None,
+    run_snippet=True,
+    prompt=None,
+    private=False,
+    revision=None,
+    create_pr=False,
+    commit_message=None,
+    dry_run=None,
+    token=None,
+    **card,
+) -> CommitInfo | None:
+    """Push a model in one commit: weights as safetensors, remote code, configurations, tokenizer with chat template,
+    filter if it has one, card.
+
+        push_model("runs/llada", "user/my-model", results=["runs/gsm8k/results.json"])
+
+    Args:
+        model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): the model, or a folder or Hub id of one, or of an
+            adapter.
+        repo_id (`str`): where it goes, "user/name".
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): by default the one beside the model, or its base model's.
+        merge (`bool`): merge an adapter into its base model, so that nobody needs peft. A model in memory is merged
+            in place.
+        base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
+        results (list of `str` or `Path`): results files (see `measurements`), which go along as one; by default the
+            `results.json` beside the model.
+        training (`str` or `Path`, *optional*): the `training.json` of a model in memory.
+        run_snippet (`bool`): run the card's usage snippet in a process of its own, as a stranger would, before
+            anything is uploaded; the card shows what it printed. It loads the model once more.
+        prompt (`str`, *optional*): the question in that snippet.
+        private, revision, create_pr, commit_message, token: see `upload`.
+        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing.
+        card: further arguments of `model_card`: datasets, license, language, limitations.
+
+    Returns:
+        `CommitInfo`, or None after a dry run.
+
+    Raises:
+        ValueError: for what cannot be pushed, before any connection is made.
+        RuntimeError: if the snippet does not run.
+        PermissionError, RuntimeError: see `upload`.
+    """
+    with staging_folder(repo_id, dry_run) as folder:
+        _stage(model, folder, tokenizer, merge, base_model, results, training)
+        is_whole = not (folder / "adapter_config.json").exists()  # an adapter's base model may be anywhere
+        printed, where = _run_snippet(folder, repo_id, prompt) if run_snippet and is_whole else (None, None)
+        written = model_card(
+            folder, repo_id, base_model=base_model if is_hub_id(base_model) else None, prompt=prompt, printed=printed,
+            printed_on=where, **card,
+        )  # fmt: skip
+        written.save(folder / "README.md")
+        _warn_of_edits(model, folder)
+        return deliver(
+            folder, repo_id, "model", dry_run, private=private, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, token=token,
+        )  # fmt: skip
+
+
+def _stage(model, folder, tokenizer, merge, base_model, results, training):
+    """Write everything but the card."""
+    source = None if hasattr(model, "save_pretrained") else _download(model)
+    is_adapter = isinstance(model, PeftModel) or (source is not None and (source / "adapter_config.json").exists())
+    if tokenizer is None:
+        tokenizer = _find_tokenizer(model, source, base_model)
+    if is_adapter and merge:
+        merge_adapter(model if source is None else source, folder, tokenizer, base_model=base_model)
+    else:
+        if source is not None and is_adapter:
+            for name in (name for name in ADAPTER_FILES if (source / name).exists()):
+                shutil.copy(source / name, folder)
+        else:
+            model = model if source is None else AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+            model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    paths = list(results)
+    if source is not None:
+        paths = paths or [path for path in [source / RESULTS_FILE] if path.exists()]
+        training = training or (source / TRAINING_FILE if (source / TRAINING_FILE).exists() else None)
+    if paths:
+        load = [json.loads(Path(path).read_text()) for path in paths if load_measurements(path)]
+        merged = {"measurements": [entry for each in load for entry in each["measurements"]]}
+        (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n")
+    if training is not None:
+        shutil.copy(training, folder / TRAINING_FILE)
+
+
+def _download(model):
+    """A folder or Hub id to a folder."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if not is_hub_id(model):
+        raise ValueError(f"`model={str(model)!r}` is not allowed: it must be a model, a folder, or a Hub id.")
+    return Path(snapshot_download(str(model)))
+
+
+def _find_tokenizer(model, source, base_model):
+    if source is not None and (source / "tokenizer_config.json").exists():
+        return AutoTokenizer.from_pretrained(source)
+    if source is not None and (source / "adapter_config.json").exists():
+        base_model = base_model or json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
+    name = base_model or (model.config._name_or_path if source is None else None)
+    if not name:
+        raise ValueError("`tokenizer=None`, and there is none beside the model: pass one.")
+    return AutoTokenizer.from_pretrained(name)
+
+
+def _run_snippet(folder, repo_id, prompt):
+    """What the card's code prints, run on the folder in a new process that knows the Hub's code alone, and where."""
+    code = usage_snippet(folder, repo_id, prompt).replace(json.dumps(repo_id), json.dumps(str(folder.resolve())), 1)
+    code += "\nimport torch, platform\nprint(model.device, torch.__version__)"
+    with tempfile.TemporaryDirectory() as scratch:
+        env = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=scratch)
+    if result.returncode:
+        raise RuntimeError(
+            f"The usage snippet does not run on what would be pushed; nothing was:\n{result.stderr[-2000:]}"
+        )
+    *printed, where = result.stdout.strip().splitlines()
+    device, version = where.split()
+    return "\n".join(printed), f"{'a GPU' if device.startswith('cuda') else 'a CPU'} with PyTorch {version}"
+
+
+def _warn_of_edits(model, folder):
+    """The code that goes is that of the class. Say where it, or what lies beside the weights, is not the installed."""
+    installed = Path(dparallel.modeling.__file__).parent
+    for path in sorted(folder.glob("*.py")):
+        if not (installed / path.name).exists() or _differ(path, installed / path.name):
+            logger.warning(f"{path.name} is not that of the installed dparallel: this model brought its own.")
+    beside = Path(model) if isinstance(model, (str, Path)) else None
+    for path in sorted(beside.glob("*.py")) if beside is not None and beside.is_dir() else []:
+        if (folder / path.name).exists() and _differ(path, folder / path.name):
+            logger.warning(f"{path} was edited: the installed dparallel's {path.name} is pushed instead of it.")
+
+
+def _differ(path, other):
+    return path.read_bytes() != other.read_bytes()
+
+
+def push_dataset(
+    dataset,
+    repo_id,
+    *,
+    private=False,
+    revision=None,
+    create_pr=False,
+    commit_message=None,
+    dry_run=None,
+    token=None,
+    **card,
+) -> CommitInfo | None:
+    """Push trajectories as parquet, with their card, in one commit.
+
+    Args:
+        dataset (`Dataset`, `DatasetDict`, `str` or `Path`): from `generate_trajectories`, or a folder that
+            `save_to_disk` or `examples/generate_trajectories.py` wrote. Without splits, all of it is "train".
+        repo_id (`str`): where it goes, "user/name".
+        private, revision, create_pr, commit_message, token: see `upload`.
+        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing.
+        card: further arguments of `dataset_card`: model, sources, license, language, limitations.
+
+    Returns:
+        `CommitInfo`, or None after a dry run.
+
+    Raises:
+        ValueError: for what cannot be pushed, before any connection is made.
+        PermissionError, RuntimeError: see `upload`.
+    """
+    if isinstance(dataset, (str, Path)):
+        folders = [folder for folder in (Path(dataset), Path(dataset) / "dataset") if folder.is_dir()]
+        saved = [f for f in folders if (f / "dataset_info.json").exists() or (f / "dataset_dict.json").exists()]
+        if not saved:
+            raise ValueError(f"`dataset={str(dataset)!r}` must be a folder that `save_to_disk` wrote.")
+        dataset = load_from_disk(saved[0])
+    if not isinstance(dataset, (Dataset, DatasetDict)):
+        raise ValueError(f"`dataset` is a {type(dataset).__name__}: it must be a Dataset, a DatasetDict or a folder.")
+    splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
+    with staging_folder(repo_id, dry_run) as folder:
+        dataset_card(splits, repo_id, **card).save(folder / "README.md")
+        (folder / "data").mkdir()
+        for name, rows in splits.items():
+            count = -(-rows.data.nbytes // SHARD_BYTES) or 1
+            for number in range(count):
+                path = folder / "data" / f"{name}-{number:05d}-of-{count:05d}.parquet"
+                rows.shard(count, number, contiguous=True).to_parquet(path)
+        return deliver(
+            folder, repo_id, "dataset", dry_run, private=private, revision=revision, create_pr=create_pr,
+            commit_message=commit_message, token=token,
+        )  # fmt: skip
+
+
+@contextmanager
+def staging_folder(repo_id, dry_run):
+    """Where what is pushed is put together: a temporary folder, or that of a dry run, which must be empty."""
+    if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repo_id):
+        raise ValueError(f"`repo_id={repo_id!r}` is not allowed: it must be 'user/name'.")
+    if dry_run is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch)
+        return
+    folder = Path(dry_run)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"`dry_run={str(dry_run)!r}` is not empty: choose another folder.")
+    yield folder
+
+
+def deliver(folder, repo_id, repo_type, dry_run, **settings):
+    """List what would go, and let it go unless this is a dry run: then return None."""
+    files = in_words(files_to_push(folder, repo_type))
+    if dry_run is not None:
+        print(f"In {folder}, to be looked at; nothing was pushed:\n{files}")
+        return None
+    print(f"Going to {repo_id}:\n{files}")
+    return upload(folder, repo_id, repo_type, **settings)

@@ -1,0 +1,373 @@
+"""Pushing, with the real client, to a Hub of our own; and loading where this package is not installed."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from huggingface_hub import HfApi, ModelCard
+from peft import LoraConfig, get_peft_model
+
+from dparallel.hub_cards import merge_adapter, push_dataset, push_model
+from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+
+ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
+MEASUREMENT = {
+    "task": "Word problems", "dataset": "word-problems", "split": "test", "num_examples": 100,
+    "decoding": {"unmasking": "entropy_threshold", "threshold": 0.1}, "accuracy": 0.9, "nfe": 8.0, "tpf": 6.5,
+    "hardware": "CPU", "date": "2026-11-25", "versions": "torch 2.13",
+}  # fmt: skip
+
+
+@pytest.fixture
+def model(small_model):
+    model = small_model()
+    model.generation_config.update(max_new_tokens=32, do_sample=False, unmasking="entropy_threshold", threshold=0.3)
+    return model
+
+
+@pytest.fixture
+def folder(model, word_tokenizer, tmp_path):
+    """A model's folder, with results."""
+    model.save_pretrained(tmp_path / "made")
+    word_tokenizer.save_pretrained(tmp_path / "made")
+    (tmp_path / "made" / "results.json").write_text(json.dumps({"measurements": [MEASUREMENT]}))
+    return tmp_path / "made"
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Waits take no time."""
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    return waits
+
+
+def push(source, **settings):
+    return push_model(source, "user/model", **{"run_snippet": False, **settings})
+
+
+def repo(hub, kind="models", name="user/model"):
+    return hub.repos[kind, name]
+
+
+def run(hub, code, *arguments):
+    """A process without this package."""
+    code = f'import sys\nsys.modules["dparallel"] = None\n{code}'
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=hub.environment
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_the_whole_way(hub, family, small_model, word_tokenizer, tmp_path):
+    """A teacher, its trajectories, a student distilled from what was loaded back, merged, with a filter; and all of it
+    loaded where this package is not."""
+    teacher = small_model()
+    teacher.generation_config.update(max_new_tokens=32, do_sample=False)
+    push_model(teacher, "user/teacher", tokenizer=word_tokenizer, run_snippet=False)
+    prompts = Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS])
+    made = generate_trajectories(
+        teacher, word_tokenizer, prompts, tmp_path / "shards", lambda row: row["example_id"] > 2, max_new_tokens=32
+    )
+    push_dataset(made, "user/trajectories", model="user/teacher", sources=["openai/gsm8k"])
+    code = (
+        'from datasets import load_dataset\nload_dataset("user/trajectories", split="train").save_to_disk(sys.argv[1])'
+    )
+    run(hub, code, str(tmp_path / "loaded"))
+    loaded = Dataset.load_from_disk(tmp_path / "loaded")
+    assert loaded.features == made.features and loaded.to_list() == made.to_list()
+
+    args = CertaintyForcingConfig(
+        str(tmp_path / "adapter"), max_steps=4, learning_rate=3e-2, max_length=64, report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, block_length=8, hub_model_id="user/adapter",
+    )  # fmt: skip
+    trainer = CertaintyForcingTrainer(
+        teacher, args, train_dataset=loaded, processing_class=word_tokenizer, peft_config=LoraConfig(r=4),
+    )  # fmt: skip
+    trainer.train()
+    trainer.push_to_hub(dataset="user/trajectories")
+    files = repo(hub, name="user/adapter").files()
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"} <= set(files)
+    assert not [name for name in files if name.endswith(".bin")]
+    card = files["README.md"].content.decode()
+    assert (
+        "certainty-forcing distillation" in card and "`learning_rate`: 0.03" in card and "library_name: peft" in card
+    )
+    assert "- certainty-forcing" in card and "- user/trajectories" in card
+
+    student = merge_adapter(
+        tmp_path / "adapter", tmp_path / "merged", word_tokenizer, base_model=save(small_model(), tmp_path / "base"),
+        model_init_kwargs={"dtype": "float32"}, unmasking="learned_filter", threshold=0.5,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    student.set_unmasking_filter(UnmaskingFilter(UnmaskingFilterConfig()))
+    student.save_pretrained(tmp_path / "merged")
+    student.generation_config.max_new_tokens = 32
+    student.save_pretrained(tmp_path / "merged")
+    push_model(tmp_path / "merged", "user/student")
+    files = repo(hub, name="user/student").files()
+    assert "certainty-forcing distillation" in files["README.md"].content.decode()
+    assert {"unmasking_filter/model.safetensors", "training.json", "model.safetensors"} <= set(files)
+    code = """
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("user/student", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("user/student", trust_remote_code=True)
+print(model.generate(**tokenizer("Sam has 3 books. ", return_tensors="pt")).tolist())
+"""
+    expected = student.eval().generate(**word_tokenizer("Sam has 3 books. ", return_tensors="pt"))
+    assert run(hub, code).strip() == str(expected.tolist())
+
+
+def save(model, folder):
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_snippet_of_the_card_runs_as_it_stands(hub, folder):
+    push(folder, run_snippet=True, prompt='Sam has 3 "books".')
+    card = repo(hub).files()["README.md"].content.decode()
+    code, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)\n```", card, re.DOTALL).groups()
+    assert run(hub, code).strip() == printed.strip() and printed.endswith("forward passes")
+
+
+def test_pushing_again_without_a_change_makes_no_commit(hub, folder):
+    first = push(folder)
+    assert len(repo(hub).branches["main"]) == 2 and hub.uploads == 1
+    assert push(folder).oid == first.oid
+    assert len(repo(hub).branches["main"]) == 2 and hub.uploads == 1
+    rows = generate_rows()
+    push_dataset(rows, "user/data")
+    push_dataset(rows, "user/data")
+    assert len(repo(hub, "datasets", "user/data").branches["main"]) == 2
+
+
+def generate_rows(count=4):
+    return Dataset.from_list(
+        [
+            {
+                "prompt": "a", "input_ids": [5, 6, 7, 0], "prompt_length": 2, "response": "b", "num_forward_passes": 2,
+                "unmasking_step": [0, 1], "correct": i % 2 == 0, "seed": 0, "settings": '{"unmasking": "confidence"}',
+            }
+            for i in range(count)
+        ]
+    )  # fmt: skip
+
+
+def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer):
+    model.save_pretrained(folder.parent / "sharded", max_shard_size="100KB")
+    word_tokenizer.save_pretrained(folder.parent / "sharded")
+    push(folder)
+    branch = HfApi(endpoint=hub.url)
+    branch.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/model")
+    branch.upload_file(path_or_fileobj=b"old", path_in_repo="model-00002-of-00002.safetensors", repo_id="user/model")
+    push(folder)
+    files = repo(hub).files()
+    assert "model-00002-of-00002.safetensors" not in files and "notes.txt" in files
+    assert len([name for name in files if name.endswith(".safetensors")]) == 1
+
+
+def test_splits_travel(hub):
+    push_dataset(DatasetDict(train=generate_rows(5), test=generate_rows(2)), "user/data", license="apache-2.0")
+    code = "from datasets import load_dataset\nprint({k: len(v) for k, v in load_dataset('user/data').items()})"
+    assert run(hub, code).strip() == "{'train': 5, 'test': 2}"
+
+
+@pytest.mark.parametrize("settings", [{"private": True}, {"revision": "v2"}, {"create_pr": True}], ids=str)
+def test_where_it_goes(hub, folder, settings):
+    commit = push(folder, **settings)
+    branches = {name: len(commits) for name, commits in repo(hub).branches.items()}
+    assert repo(hub).private == settings.get("private", False)
+    if settings.get("create_pr"):
+        assert commit.pr_url.endswith("/user/model/discussions/1") and branches == {"main": 1, "refs/pr/1": 2}
+    elif "revision" in settings:
+        assert branches == {"main": 1, "v2": 2} or branches == {"main": 1, "v2": 3}
+    else:
+        assert branches == {"main": 2}
+
+
+def test_a_dry_run_connects_to_nobody(hub, folder, tmp_path, capsys):
+    requests = len(hub.requests)
+    assert push(folder, dry_run=tmp_path / "dry") is None
+    assert len(hub.requests) == requests and not hub.repos
+    listed = capsys.readouterr().out
+    written = [path.name for path in (tmp_path / "dry").iterdir()]
+    assert all(name in listed for name in written) and {"README.md", "model.safetensors"} <= set(written)
+    with pytest.raises(ValueError, match=r"`dry_run=.*dry'` is not empty"):
+        push(folder, dry_run=tmp_path / "dry")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status", "when"),
+    [
+        ("POST", "/preupload/", 500, "before"),
+        ("PUT", "/storage/", 503, "before"),
+        ("PUT", "/storage/", None, "before"),
+        ("POST", "/commit/", 500, "before"),
+        ("POST", "/commit/", None, "before"),
+        ("POST", "/commit/", 500, "after"),
+    ],
+)
+def test_what_passes_is_tried_again(hub, folder, quick, method, path, status, when):
+    hub.fail(method, path, status, when=when)
+    commit = push(folder)
+    assert commit.oid == repo(hub).head() and quick
+    assert len(repo(hub).branches["main"]) == 2  # one commit, whatever happened
+    assert "model.safetensors" in repo(hub).files()
+
+
+@pytest.mark.parametrize(("method", "path"), [("PUT", "/storage/"), ("POST", "/commit/")])
+def test_a_push_that_broke_off_goes_on(hub, folder, quick, method, path):
+    hub.fail(method, path, status=500, times=1000)
+    with pytest.raises(RuntimeError, match=r"failed again and again \(status 500\).*goes on where it was"):
+        push(folder)
+    assert not repo(hub).files()  # never half a model
+    hub.faults.clear()
+    uploads = hub.uploads
+    push(folder)
+    assert "model.safetensors" in repo(hub).files() and hub.uploads == (1 if path == "/storage/" else uploads)
+
+
+def test_somebody_else_commits_meanwhile(hub, folder, quick):
+    push(folder, commit_message="first")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 48, "do_sample": false}')
+    api, create = HfApi(endpoint=hub.url), HfApi.create_commit
+
+    def interrupted(self, *arguments, **keywords):
+        HfApi.create_commit = create
+        api.upload_file(path_or_fileobj=b"theirs", path_in_repo="notes.txt", repo_id="user/model")
+        return create(self, *arguments, **keywords)
+
+    HfApi.create_commit = interrupted
+    try:
+        with pytest.raises(RuntimeError, match="Somebody committed to user/model during this push"):
+            push(folder)
+    finally:
+        HfApi.create_commit = create
+    assert repo(hub).messages() == ["initial commit", "first", "Upload notes.txt with huggingface_hub"]
+    push(folder)
+    assert b"48" in repo(hub).files()["generation_config.json"].content and "notes.txt" in repo(hub).files()
+
+
+def test_who_may_not(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.reader_token)
+    with pytest.raises(PermissionError, match="This token may not write to user/model"):
+        push(folder)
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(PermissionError, match=r"does not know who you are: `hf auth login`"):
+        push(folder)
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(PermissionError, match=r"does not know who you are: `hf auth login`"):
+        push(folder)
+    assert not hub.repos
+
+
+def test_a_public_repository_is_not_taken_for_private(hub, folder):
+    push(folder)
+    with pytest.raises(ValueError, match="`private=True`, but user/model is there already and public"):
+        push(folder, private=True)
+
+
+def test_the_token_is_nowhere(hub, folder, quick, capfd, caplog, tmp_path):
+    with caplog.at_level(logging.DEBUG):
+        push(folder, dry_run=tmp_path / "dry")
+        push(folder)
+        hub.fail("POST", "/commit/", times=1000)
+        (folder / "generation_config.json").write_text('{"max_new_tokens": 48}')
+        with pytest.raises(RuntimeError) as error:
+            push(folder)
+    chain, each = "", error.value
+    while each is not None:
+        chain, each = chain + str(each), each.__cause__
+    written = b"".join(path.read_bytes() for path in (tmp_path / "dry").iterdir() if path.is_file())
+    for text in (*capfd.readouterr(), caplog.text, chain, written.decode(errors="ignore")):
+        assert hub.token not in text
+    pushed = b"".join(blob.content for blob in repo(hub).files().values())
+    assert hub.token.encode() not in pushed
+
+
+def test_edited_code_is_noticed(hub, folder, caplog, monkeypatch):
+    path = next(folder.glob("modeling_*.py"))
+    path.write_text(path.read_text() + "\n# mine\n")
+    push(folder)
+    assert f"{path} was edited: the installed dparallel's {path.name} is pushed instead" in caplog.text
+    assert b"# mine" not in repo(hub).files()[path.name].content
+
+
+def test_wrong_arguments(folder, tmp_path):
+    for repo_id in ("model", "a/b/c", 5, "us er/model"):
+        with pytest.raises(ValueError, match=r"`repo_id=.*` is not allowed: it must be 'user/name'"):
+            push_model(folder, repo_id, dry_run=tmp_path / "dry")
+    with pytest.raises(ValueError, match=r"`model='nowhere'` is not allowed"):
+        push("nowhere")
+    with pytest.raises(ValueError, match=r"`dataset=.*made'` must be a folder that `save_to_disk` wrote"):
+        push_dataset(folder, "user/data")
+    with pytest.raises(ValueError, match=r"The split 'train' lacks \['input_ids', 'num_forward_passes'"):
+        push_dataset(Dataset.from_list(ROWS), "user/data")
+    with pytest.raises(ValueError, match=r"`revision='v2'` is not allowed with `create_pr`"):
+        push(folder, revision="v2", create_pr=True)
+    (folder / "results.json").write_text('{"measurements": [{"task": "GSM8K"}]}')
+    with pytest.raises(ValueError, match=r"measurement 0 lacks \['accuracy', 'dataset'"):
+        push(folder)
+
+
+def test_what_does_not_run_is_not_pushed(hub, folder, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", "unused")
+    monkeypatch.setattr("dparallel.hub_cards.pushing.usage_snippet", lambda *_: "raise SystemError('broken')")
+    with pytest.raises(RuntimeError, match=r"(?s)The usage snippet does not run.*SystemError: broken"):
+        push(folder, run_snippet=True)
+    assert not hub.repos
+
+
+def test_adapters_merged_or_not(hub, family, model, word_tokenizer, tmp_path):
+    base = save(model, tmp_path / "base")
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False, base_model_name_or_path=base)
+    adapted = get_peft_model(family.model.from_pretrained(base), config).eval()
+    ids = torch.arange(300, 320)[None]
+    with torch.no_grad():
+        expected = adapted(ids).logits
+    adapted.save_pretrained(tmp_path / "adapter")
+    push(tmp_path / "adapter", merge=False, tokenizer=word_tokenizer, base_model=base)
+    assert "adapter_model.safetensors" in repo(hub).files() and "model.safetensors" not in repo(hub).files()
+    push_model(tmp_path / "adapter", "user/merged", tokenizer=word_tokenizer, base_model=base, run_snippet=False)
+    card = ModelCard(repo(hub, name="user/merged").files()["README.md"].content.decode())
+    assert str(tmp_path) not in str(card)
+    code = """
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("user/merged", trust_remote_code=True, dtype="float32").eval()
+torch.save(model(torch.arange(300, 320)[None]).logits.detach(), sys.argv[1])
+"""
+    run(hub, code, str(tmp_path / "logits.pt"))
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_commands(hub, folder, tmp_path):
+    generate_rows().save_to_disk(tmp_path / "rows")
+    env = hub.environment
+    for arguments in (
+        ["push_model", folder, "user/model", "--private", "--skip-snippet"],
+        ["push_dataset", tmp_path / "rows", "user/rows", "--license", "mit"],
+    ):
+        command = [sys.executable, "-m", f"dparallel.hub_cards.{arguments[0]}", *map(str, arguments[1:])]
+        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        assert result.returncode == 0, result.stderr
+        assert "README.md" in result.stdout and f"{hub.url}/" in result.stdout.splitlines()[-1]
+        assert "RuntimeWarning" not in result.stderr
+        again = subprocess.run(
+            command, capture_output=True, text=True, env={**env, "HF_TOKEN": "hf_wrong"}, check=False
+        )
+        assert again.returncode == 1 and "PermissionError: The Hub does not know who you are" in again.stderr
+        assert "Traceback" not in again.stderr
+    assert repo(hub).private and repo(hub, "datasets", "user/rows").files()
+    assert os.environ.get("HF_TOKEN") == hub.token

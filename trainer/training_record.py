@@ -1,0 +1,75 @@
+"""What a card says of a training, as the trainers know it."""
+
+import json
+import platform
+from dataclasses import fields
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import TrainingArguments
+
+from dparallel.hub_cards.model_card import TRAINING_FILE, is_hub_id
+
+ARGUMENTS = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
+    "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16", "fp16", "gradient_checkpointing",
+)  # fmt: skip
+NOT_OF_THE_METHOD = ("model_init_kwargs", "dataset_num_proc", "pad_to_multiple_of")
+PACKAGES = ("dparallel", "transformers", "torch", "accelerate", "datasets", "peft")
+
+
+def hub_datasets(*datasets) -> list[str]:
+    """Hub ids of the datasets that these were loaded from, as far as they tell."""
+    ids = set()
+    for dataset in datasets:
+        sources = (dataset.info.download_checksums or {}) if isinstance(dataset, Dataset) else {}
+        ids |= {
+            path.removeprefix("hf://datasets/").split("@")[0] for path in sources if path.startswith("hf://datasets/")
+        }
+    return sorted(ids)
+
+
+def training_record(trainer, datasets) -> dict:
+    """Of a trainer, after training: model, data (Hub ids), arguments, adapter, versions, hardware, date."""
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
+    names = [*ARGUMENTS, *(name for name in own if name not in NOT_OF_THE_METHOD)]
+    arguments = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False, -1)}
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    adapter = getattr(model, "peft_config", {}).get("default")
+    source = (adapter.base_model_name_or_path if adapter else None) or model.config._name_or_path
+    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else platform.machine()
+    return {
+        "trainer": type(trainer).__name__,
+        "method": trainer._name,
+        "paper": trainer._paper,
+        "base_model": source if is_hub_id(source) else Path(source).name,  # a path says nothing elsewhere
+        "model_type": model.config.model_type,
+        "datasets": datasets,
+        "arguments": {"global batch": batch_size, **{name: str(value) for name, value in arguments.items()}},
+        "adapter": adapter and {
+            "r": adapter.r, "lora_alpha": adapter.lora_alpha, "target_modules": _as_text(adapter.target_modules),
+        },
+        "steps": trainer.state.global_step,
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "hardware": f"{args.world_size} x {hardware}",
+        "date": str(date.today()),
+    }  # fmt: skip
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from its sources
+        return None
+
+
+def _as_text(modules):
+    return modules if isinstance(modules, str) else ", ".join(sorted(modules))
+
+
+def save_training_record(trainer, datasets, folder):
+    (Path(folder) / TRAINING_FILE).write_text(json.dumps(training_record(trainer, datasets), indent=1) + "\n")

@@ -357,15 +357,16 @@ class MaskedDiffusionTrainer(Trainer):
         `hub_cards.push_model` merges adapters. Arguments as in `Trainer`; `card` are those of `create_model_card`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = token or self.args.hub_token
-        private = self.args.hub_private_repo if private is None else private
+        self.args.hub_private_repo = self.args.hub_private_repo if private is None else private
         if self.hub_model_id is None:
-            self.init_hf_repo(token=token, private=private)
+            self.init_hf_repo(token=token)  # it looks there, too
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**card)
         self._finish_current_push()
-        settings = {"private": bool(private), "revision": revision or self.args.hub_revision, "token": token}
+        settings = {"private": bool(self.args.hub_private_repo), "token": token}
+        settings["revision"] = revision or self.args.hub_revision
         arguments = (upload, self.args.output_dir, self.hub_model_id)
         if blocking:
             return upload(*arguments[1:], commit_message=commit_message, **settings)

@@ -2,6 +2,7 @@ import os
 
 import huggingface_hub
 import pytest
+import transformers
 from hub_server import HubServer
 
 
@@ -13,6 +14,8 @@ def hub(monkeypatch, tmp_path):
             monkeypatch.delenv(name, raising=False)
         monkeypatch.setenv("HF_TOKEN", server.token)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)  # made when it was imported
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # made when it is first needed
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(
             huggingface_hub.constants, "HF_HUB_DISABLE_XET", True

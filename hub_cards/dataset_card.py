@@ -65,6 +65,7 @@ def dataset_card(
     info = first.info.copy()
     info.splits = SplitDict({name: SplitInfo(name, rows.data.nbytes, len(rows)) for name, rows in splits.items()})
     DatasetInfosDict({"default": info}).to_dataset_card_data(data)
+    counts = [_count(name, rows) for name, rows in splits.items()]
     settings = first["settings"][0] if "settings" in first.column_names else "{}"
     return DatasetCard.from_template(
         data,
@@ -73,13 +74,13 @@ def dataset_card(
         repo_id=repo_id,
         model=model,
         split=next(iter(splits)),
-        splits=[_count(name, rows) for name, rows in splits.items()],
+        splits=counts,
         settings=_as_arguments(settings),
         seed=first["seed"][0] if "seed" in first.column_names else "unknown",
         sources=[f"[{source}](https://huggingface.co/datasets/{source})" for source in sources or []],
         columns=first.column_names,
         described=DESCRIBED,
-        judged=any(_count(name, rows)["correct"] is not None for name, rows in splits.items()),
+        judged=any(each["correct"] is not None for each in counts),
         limitations=limitations,
         citation=bibtex("dparallel"),
     )

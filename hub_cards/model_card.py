@@ -15,6 +15,7 @@ logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TRAINING_FILE = "training.json"  # what trainers leave beside their models
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 TAGS = ["diffusion", "dllm", "dparallel"]
 FAMILIES = {"llada": "LLaDA's architecture", "Dream": "Dream's architecture"}
 DECODING_FIELDS = (
@@ -129,7 +130,7 @@ def model_card(
         remote_code=[f"`{name}`" for name in remote_code],
         decoding={name: f"`{generation[name]!r}`" for name in DECODING_FIELDS if name in generation},
         measurements=measurements,
-        training={name: training[name] for name in sorted(training)},
+        training=training,
         limitations=[*LIMITATIONS, *limitations],
         licence=license or f"That of the base model{f', {origin}' if origin else ''}.",
         citations="\n\n".join(map(bibtex, papers)),
@@ -174,7 +175,7 @@ def usage_snippet(folder, repo_id, prompt=None) -> str:
 
 def is_hub_id(name) -> bool:
     """Is it a Hub id, and no folder of this machine?"""
-    return bool(name and re.fullmatch(r"[\w.\-]+/[\w.\-]+", str(name)) and not Path(name).exists())
+    return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
 
 
 def _name(path):

@@ -1,6 +1,6 @@
 """Share a dataset of trajectories.
 
-python -m dparallel.hub_cards.push_dataset runs/llada/trajectories user/my-trajectories --model user/teacher
+python -m dparallel.hub_cards.push_dataset runs/gsm8k_trajectories user/my-trajectories --model user/teacher
 """
 
 import argparse

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import dparallel.modeling  # also registers the model families with AutoModelFor
 from .dataset_card import dataset_card
 from .measurements import RESULTS_FILE, load_measurements
 from .merge import merge_adapter
-from .model_card import TRAINING_FILE, is_hub_id, model_card, usage_snippet
+from .model_card import HUB_ID, TRAINING_FILE, is_hub_id, model_card, usage_snippet
 from .upload import files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)
@@ -232,7 +231,7 @@ def push_dataset(
 @contextmanager
 def staging_folder(repo_id, dry_run):
     """Where what is pushed is put together: a temporary folder, or that of a dry run, which must be empty."""
-    if not isinstance(repo_id, str) or not re.fullmatch(r"[\w.\-]+/[\w.\-]+", repo_id):
+    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"`repo_id={repo_id!r}` is not allowed: it must be 'user/name'.")
     if dry_run is None:
         with tempfile.TemporaryDirectory() as scratch:

@@ -167,8 +167,8 @@ class FilterConfig(TrainingArguments):
 
 
 class _Passes(torch.utils.data.Dataset):
-    """Rows as tensors, which a batch is a slice of: taking rows apart and putting them together again would take forty
-    times as long as the network."""
+    """Rows as tensors, which a batch is a slice of: taking rows apart and putting them together again would take
+    longer than the network does."""
 
     def __init__(self, records):
         names = [name for name in COLUMNS if isinstance(records.features[name], (List, LargeList))]

@@ -1,6 +1,7 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -367,10 +368,8 @@ class MaskedDiffusionTrainer(Trainer):
         self._finish_current_push()
         settings = {"private": bool(self.args.hub_private_repo), "token": token}
         settings["revision"] = revision or self.args.hub_revision
-        arguments = (upload, self.args.output_dir, self.hub_model_id)
-        if blocking:
-            return upload(*arguments[1:], commit_message=commit_message, **settings)
-        return HfApi(token=token).run_as_future(*arguments, commit_message=commit_message, **settings)
+        push = partial(upload, self.args.output_dir, self.hub_model_id, commit_message=commit_message, **settings)
+        return push() if blocking else HfApi(token=token).run_as_future(push)
 
 
 def last_complete_checkpoint(output_dir) -> str | None:

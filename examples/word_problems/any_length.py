@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset
-from distillation import to_prompt
-from evaluation import ANSWER_LENGTH, evaluate
-from problems import generate_problems, is_correct, to_conversation
+from distillation import ANY_RATIO, TRAINING, judge, to_prompt
+from evaluation import ANSWER_LENGTH, evaluate, load_model
+from problems import generate_problems, to_conversation
 from transformers import AutoTokenizer
 
 from dparallel.modeling import LLaDAModelLM
@@ -51,31 +51,17 @@ def train(trainer_class, config_class, source, rows, tokenizer, target, argument
         output_dir=str(target / "training"),
         max_length=None,
         block_length=32,
-        pad_to_multiple_of=32,
         train_sampling_strategy="group_by_length",
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.batch_size,
-        lr_scheduler_type="cosine",
         warmup_steps=0.05,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        bf16=torch.cuda.is_available(),
-        dataloader_drop_last=True,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
+        **TRAINING,
         **settings,
     )
     model = LLaDAModelLM.from_pretrained(source, dtype=torch.float32)
     trainer_class(model, config, train_dataset=rows, processing_class=tokenizer).train()
     model.to(torch.bfloat16).save_pretrained(target)
     tokenizer.save_pretrained(target)
-
-
-def load(path):
-    is_gpu = torch.cuda.is_available()
-    model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if is_gpu else torch.float32)
-    return model.to("cuda" if is_gpu else "cpu").eval()
 
 
 def main():
@@ -92,8 +78,9 @@ def main():
     teacher, student = arguments.output_dir / "teacher", arguments.output_dir / "student"
 
     def report(path, **decoding):
+        model = load_model(path)
         for length in (min(arguments.lengths), ANSWER_LENGTH, max(arguments.lengths)):
-            result = evaluate(load(path), tokenizer, held_out, path.name, 128, max_new_tokens=length, **decoding)
+            result = evaluate(model, tokenizer, held_out, path.name, 128, max_new_tokens=length, **decoding)
             print(f"{path.name}, answers of up to {length}: {100 * result.accuracy:.1f}% in {result.nfe:.1f} passes")
 
     if not (teacher / "config.json").exists():
@@ -107,8 +94,8 @@ def main():
     report(teacher, unmasking="entropy_threshold", threshold=0.1)
     if not (student / "config.json").exists():
         rows = generate_trajectories(
-            load(teacher), tokenizer, Dataset.from_list([to_prompt(problem) for problem in problems]),
-            arguments.output_dir / "answers", lambda row: is_correct(row["response"], row["answer"]),
+            load_model(teacher), tokenizer, Dataset.from_list([to_prompt(problem) for problem in problems]),
+            arguments.output_dir / "answers", judge,
             batch_size=1024, shard_size=8192, max_new_tokens=ANSWER_LENGTH,
             unmasking="entropy_threshold", threshold=0.1,
         )  # fmt: skip
@@ -117,7 +104,7 @@ def main():
         classes = (CertaintyForcingTrainer, CertaintyForcingConfig)
         train(
             *classes, HERE / "student", rows, tokenizer, student, arguments,
-            learning_rate=2e-4, mask_ratio_low=0.0, mask_ratio=1.0,
+            learning_rate=2e-4, **ANY_RATIO,
         )  # fmt: skip
     report(student)
 

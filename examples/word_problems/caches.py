@@ -13,11 +13,9 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from evaluation import evaluate, here_and_now, paired_difference
+from evaluation import evaluate, here_and_now, load_model, paired_difference
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from transformers import AutoTokenizer
-
-from dparallel.modeling import LLaDAModelLM
 
 HERE = Path(__file__).parent
 DECODINGS = {
@@ -53,8 +51,7 @@ def main():
     print("| --- " * 6 + "|", flush=True)
     for name, decoding in DECODINGS.items():
         path = HERE / {"teacher": "checkpoint", "student": "student"}[name]
-        model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if is_gpu else torch.float32)
-        model = model.to("cuda" if is_gpu else "cpu").eval()
+        model = load_model(path)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         exact = None
         for cache, settings in CACHES.items():

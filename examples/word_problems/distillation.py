@@ -41,6 +41,11 @@ ALLOWED_LOSS = 0.01  # of accuracy, against one token a step
 
 # Block-wise masks as dParallel draws them, but with the ratio drawn for each example instead of 1/2: with half of a
 # block in sight the rest is easy, and it is the first passes over an empty block that decoding is slow in.
+TRAINING = {  # of a model this small, whatever it learns
+    "lr_scheduler_type": "cosine", "weight_decay": 0.01, "adam_beta2": 0.98, "bf16": torch.cuda.is_available(),
+    "pad_to_multiple_of": 32, "dataloader_drop_last": True, "logging_steps": 100, "save_strategy": "no",
+    "report_to": "none",
+}  # fmt: skip
 ANY_RATIO = {"mask_ratio": 1.0, "mask_ratio_low": 0.0}
 VARIANTS = {
     "trajectory loss only": {**ANY_RATIO, "certainty_weight": 0.0},
@@ -145,22 +150,14 @@ def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
         seed=seed,
         max_length=256,
         response_length=ANSWER_LENGTH,
-        pad_to_multiple_of=32,
         max_steps=arguments.max_steps,
         per_device_train_batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
-        lr_scheduler_type="cosine",
         warmup_steps=50,
-        weight_decay=0.01,
-        adam_beta2=0.98,
-        bf16=torch.cuda.is_available(),
         torch_compile=torch.cuda.is_available(),
         dataset_num_proc=arguments.num_proc,
         dataloader_num_workers=4 if torch.cuda.is_available() else 0,
-        dataloader_drop_last=True,
-        logging_steps=100,
-        save_strategy="no",
-        report_to="none",
+        **TRAINING,
         **changes,
     )
     model = LLaDAModelLM.from_pretrained(teacher, dtype=torch.float32)

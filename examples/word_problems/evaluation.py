@@ -11,7 +11,16 @@ import transformers
 from problems import is_correct
 from tqdm import tqdm
 
+from dparallel.modeling import LLaDAModelLM
+
 ANSWER_LENGTH = 128  # tokens, end-of-text padding included
+
+
+def load_model(path):
+    """A model of this folder's kind for decoding: on a GPU in bfloat16, if there is one."""
+    is_gpu = torch.cuda.is_available()
+    model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if is_gpu else torch.float32)
+    return model.to("cuda" if is_gpu else "cpu").eval()
 
 
 @dataclass

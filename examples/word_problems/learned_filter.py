@@ -18,11 +18,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from evaluation import ANSWER_LENGTH, evaluate, here_and_now
+from evaluation import ANSWER_LENGTH, evaluate, here_and_now, load_model
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_conversation
 from transformers import AutoTokenizer
 
-from dparallel.modeling import LLaDAModelLM, UnmaskingFilter, UnmaskingFilterConfig
+from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import (
     FilterConfig,
     FilterTrainer,
@@ -71,8 +71,7 @@ class Study:
         if name not in self.models:
             in_the_box = HERE / {"teacher": "checkpoint", "student": "student"}[name]
             path = self.arguments.models / name if self.arguments.models else in_the_box
-            model = LLaDAModelLM.from_pretrained(path, dtype=torch.bfloat16 if self.is_gpu else torch.float32)
-            self.models[name] = model.to("cuda" if self.is_gpu else "cpu").eval()
+            self.models[name] = load_model(path)
         return self.models[name]
 
     def train_filters(self, name):

@@ -2,11 +2,13 @@
 
 import multiprocessing
 import random
+import threading
 import time
 
 import pytest
 from accelerate import PartialState
 from datasets import Dataset
+from tqdm import tqdm
 
 from dparallel.trainer.resumable_shards import map_in_shards
 
@@ -69,6 +71,7 @@ def test_shards_without_settings(tmp_path):
 
 
 def slow_job(folder):
+    tqdm.set_lock(threading.RLock())  # not the one shared with the parent, which a kill could leave locked for ever
     map_in_shards(lambda number, items: squares(number, items, pause=0.01), ITEMS, folder, {}, shard_size=2)
 
 

@@ -23,8 +23,7 @@ DECODING_FIELDS = (
     "cache_refresh", "cache_refresh_interval", "stop_at_eos", "eos_threshold",
 )  # fmt: skip
 LIMITATIONS = (
-    "What holds for the base model holds for this one: it makes mistakes that look right, and was not checked for "
-    "safety.",
+    "It makes mistakes that look right, and was not checked for safety.",
     "Numbers above hold for the decoding settings beside them. A looser threshold is faster and less accurate, and "
     "caches are approximations: measure on your own task.",
 )
@@ -116,6 +115,7 @@ def model_card(
     origin = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else _name(stated)
     source = f" from {origin}" if origin else ""
     what = f"A model made{source} by {method}." if method else f"A masked diffusion language model{source}."
+    inherited = f"What holds for {origin} holds for this model, too." if origin else None
     return ModelCard.from_template(
         data,
         template_str=TEMPLATE.read_text(),
@@ -131,8 +131,8 @@ def model_card(
         decoding={name: f"`{generation[name]!r}`" for name in DECODING_FIELDS if name in generation},
         measurements=measurements,
         training=training,
-        limitations=[*LIMITATIONS, *limitations],
-        licence=license or f"That of the base model{f', {origin}' if origin else ''}.",
+        limitations=[*([inherited] if inherited else []), *LIMITATIONS, *limitations],
+        licence=license or (f"That of {origin}." if origin else "Not stated."),
         citations="\n\n".join(map(bibtex, papers)),
     )
 

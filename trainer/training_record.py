@@ -22,13 +22,13 @@ PACKAGES = ("dparallel", "transformers", "torch", "accelerate", "datasets", "pef
 
 
 def hub_datasets(*datasets) -> list[str]:
-    """Hub ids of the datasets that these were loaded from, as far as they tell."""
+    """Hub ids of the datasets that these were loaded from, as far as they tell: `load_dataset` keeps the rows of
+    user/name in a folder user___name, and what `map` and `filter` make of them beside it."""
     ids = set()
     for dataset in datasets:
-        sources = (dataset.info.download_checksums or {}) if isinstance(dataset, Dataset) else {}
-        ids |= {
-            path.removeprefix("hf://datasets/").split("@")[0] for path in sources if path.startswith("hf://datasets/")
-        }
+        if isinstance(dataset, Dataset):
+            parts = {part for file in dataset.cache_files for part in Path(file["filename"]).parts}
+            ids |= {part.replace("___", "/") for part in parts if part.endswith(f"___{dataset.info.dataset_name}")}
     return sorted(ids)
 
 

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import gguf
 import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from dparallel.hub_cards import merge_adapter
@@ -101,3 +103,13 @@ def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
             num_transformer_submodules=1,
         )  # fmt: skip
         merge_adapter(get_peft_model(small_model(), prompts), tmp_path, word_tokenizer)
+
+
+def test_a_serving_engine_knows_the_names(family, trained, tmp_path, word_tokenizer):
+    """llama.cpp's own table has a place for every weight of a merged checkpoint."""
+    merge_adapter(trained, tmp_path / "merged", word_tokenizer)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.name.upper()], 2)
+    with safe_open(tmp_path / "merged" / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+    places = [table.get_name(name, try_suffixes=(".weight", ".bias")) for name in names]
+    assert None not in places and len(set(places)) == len(names) > 20

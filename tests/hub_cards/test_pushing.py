@@ -11,13 +11,16 @@ import time
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from golden import CHECKPOINT
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
+from transformers import AutoTokenizer
 
 from dparallel.hub_cards import merge_adapter, push_dataset, push_model
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 
+EXAMPLES = CHECKPOINT.parents[1]
 ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
 MEASUREMENT = {
     "task": "Word problems", "dataset": "word-problems", "split": "test", "num_examples": 100,
@@ -176,6 +179,18 @@ def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer):
     assert len([name for name in files if name.endswith(".safetensors")]) == 1
 
 
+def test_a_training_names_the_datasets_that_it_was_given(hub):
+    push_dataset(generate_rows(), "user/data")
+    code = """
+from datasets import load_dataset
+from dparallel.trainer.training_record import hub_datasets
+rows = load_dataset("user/data", split="train")
+print(hub_datasets(rows.filter(lambda row: row["correct"]), rows.select_columns(["input_ids"])), hub_datasets(None))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=hub.environment)
+    assert result.stdout == "['user/data'] []\n", result.stderr
+
+
 def test_splits_travel(hub):
     push_dataset(DatasetDict(train=generate_rows(5), test=generate_rows(2)), "user/data", license="apache-2.0")
     code = "from datasets import load_dataset\nprint({k: len(v) for k, v in load_dataset('user/data').items()})"
@@ -256,6 +271,19 @@ def test_somebody_else_commits_meanwhile(hub, folder, quick):
     assert repo(hub).messages() == ["initial commit", "first", "Upload notes.txt with huggingface_hub"]
     push(folder)
     assert b"48" in repo(hub).files()["generation_config.json"].content and "notes.txt" in repo(hub).files()
+
+
+def test_somebody_else_commits_between_two_attempts(hub, folder, monkeypatch):
+    push(folder, commit_message="first")
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 48, "do_sample": false}')
+    api = HfApi(endpoint=hub.url)
+    monkeypatch.setattr(
+        time, "sleep", lambda _: api.upload_file(path_or_fileobj=b"1", path_in_repo="theirs.txt", repo_id="user/model")
+    )
+    hub.fail("POST", "/commit/", 500)
+    with pytest.raises(RuntimeError, match="Somebody committed to user/model during this push"):
+        push(folder)
+    assert repo(hub).messages()[1:] == ["first", "Upload theirs.txt with huggingface_hub"]
 
 
 def test_who_may_not(hub, folder, monkeypatch):
@@ -350,6 +378,21 @@ torch.save(model(torch.arange(300, 320)[None]).logits.detach(), sys.argv[1])
 """
     run(hub, code, str(tmp_path / "logits.pt"))
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_example(hub, word_model):
+    command = [sys.executable, str(EXAMPLES / "push_to_hub.py"), str(CHECKPOINT), "user/box"]
+    result = subprocess.run(command, capture_output=True, text=True, env=hub.environment)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == f"{hub.url}/user/box/commit/{repo(hub, name='user/box').head()}"
+    code = """
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("user/box", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("user/box", trust_remote_code=True, dtype="float32")
+print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sample=False).tolist())
+"""
+    ids = AutoTokenizer.from_pretrained(CHECKPOINT)("Sam has 3 books.", return_tensors="pt")
+    assert run(hub, code).strip() == str(word_model.generate(**ids, do_sample=False).tolist())
 
 
 def test_the_commands(hub, folder, tmp_path):

@@ -157,15 +157,14 @@ def usage_snippet(folder, repo_id, prompt=None) -> str:
     if has_template:
         lines += [
             f'chat = [{{"role": "user", "content": {json.dumps(prompt, ensure_ascii=False)}}}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    chat, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ").to(model.device)",
+            "inputs = tokenizer.apply_chat_template("
+            'chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)',
         ]
     else:
         question = json.dumps(prompt, ensure_ascii=False)
-        lines += [f'inputs = tokenizer({question}, return_tensors="pt").to(model.device)']
+        lines += [f'inputs = tokenizer({question}, return_tensors="pt")']
     lines += [
-        "output = model.generate(**inputs, return_dict_in_generate=True)",
+        "output = model.generate(**inputs.to(model.device), return_dict_in_generate=True)",
         'answer = output.sequences[0, inputs["input_ids"].shape[1] :]',
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
         'print(output.num_forward_passes.item(), "forward passes")',

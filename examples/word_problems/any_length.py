@@ -1,7 +1,7 @@
 """Teach the models in the box answers of all lengths.
 
-    python examples/word_problems/any_length.py --output_dir runs/any_length                              # one GPU
-    python examples/word_problems/any_length.py --problems 64 --max_steps 2 --batch_size 4 --lengths 64 96     # a try
+    python examples/word_problems/any_length.py --output_dir runs/any_length                                # one GPU
+    python examples/word_problems/any_length.py --problems 64 --max_steps 2 2 --batch_size 4 --lengths 64 96   # a try
 
 They were trained on answers of 128 tokens, end-of-text padding included, and solve few problems in a canvas of 64 or
 of 256. Dropping what is behind a predicted end, or decoding up to 1,024 tokens, needs models that know such canvases.
@@ -46,14 +46,14 @@ def fill_up(rows, lengths, eos_token_id):
     return rows.map(fill_row, with_indices=True, remove_columns=rows.column_names)
 
 
-def train(trainer_class, config_class, source, rows, tokenizer, target, arguments, **settings):
+def train(trainer_class, config_class, source, rows, tokenizer, target, batch_size, max_steps, **settings):
     config = config_class(
         output_dir=str(target / "training"),
         max_length=None,
         block_length=32,
         train_sampling_strategy="group_by_length",
-        max_steps=arguments.max_steps,
-        per_device_train_batch_size=arguments.batch_size,
+        max_steps=max_steps,
+        per_device_train_batch_size=batch_size,
         warmup_steps=0.05,
         **TRAINING,
         **settings,
@@ -68,8 +68,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"))
     parser.add_argument("--problems", type=int, default=50_000, help="to train with, for each of the models")
-    parser.add_argument("--max_steps", type=int, default=800, help="of each of the models")
-    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--max_steps", type=int, nargs=2, default=[800, 500], help="of the teacher, of the student")
+    parser.add_argument("--batch_size", type=int, default=256, help="of the teacher; twice the student's")
     parser.add_argument("--lengths", type=int, nargs="+", default=[64, 96, 128, 192, 256, 384, 512, 768, 1024])
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(HERE / "checkpoint", padding_side="left")
@@ -88,7 +88,7 @@ def main():
         rows = fill_up(rows, arguments.lengths, tokenizer.eos_token_id)
         classes = (MaskedDiffusionTrainer, MaskedDiffusionConfig)
         train(
-            *classes, HERE / "checkpoint", rows, tokenizer, teacher, arguments,
+            *classes, HERE / "checkpoint", rows, tokenizer, teacher, arguments.batch_size, arguments.max_steps[0],
             learning_rate=5e-4, loss_weighting="token",
         )  # fmt: skip
     report(teacher, unmasking="entropy_threshold", threshold=0.1)
@@ -102,8 +102,8 @@ def main():
         rows = rows.filter(lambda row: row["correct"]).select_columns(["input_ids", "prompt_length"])
         rows = fill_up(rows, arguments.lengths, tokenizer.eos_token_id)
         classes = (CertaintyForcingTrainer, CertaintyForcingConfig)
-        train(
-            *classes, HERE / "student", rows, tokenizer, student, arguments,
+        train(  # it sees two views of each example: the same memory
+            *classes, HERE / "student", rows, tokenizer, student, arguments.batch_size // 2, arguments.max_steps[1],
             learning_rate=2e-4, **ANY_RATIO,
         )  # fmt: skip
     report(student)

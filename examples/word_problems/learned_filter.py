@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from evaluation import ANSWER_LENGTH, evaluate, here_and_now, load_model
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_conversation
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PrinterCallback
 
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import (
@@ -101,6 +101,7 @@ class Study:
                 )  # fmt: skip
                 training, held_out = split_by_prompt(records, config.eval_share)
                 trainer = FilterTrainer(unmasking_filter, config, training, held_out)
+                trainer.remove_callback(PrinterCallback)  # a line for each epoch
                 trainer.train()
                 rates = acceptance_rates(trainer.model, held_out, CANDIDATES["learned_filter"])
                 self.results.setdefault("rates", {})[f"{name}, {kind}"] = rates

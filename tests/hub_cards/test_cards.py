@@ -61,21 +61,26 @@ def expect(card, name):
     assert text == path.read_text()
 
 
-def test_the_card_of_a_model(folder):
+def test_the_card_of_a_model(hub, folder):
     card = model_card(
         folder, "user/llada-parallel", license="mit", language="en", limitations=["It learned from GSM8K alone."],
         printed="17 * 23 = 391.\n6 forward passes", printed_on="a GPU with PyTorch 2.11.0",
     )  # fmt: skip
     expect(card, "model_card.md")
+    card.validate(repo_type="model")  # asks the Hub
     results = ModelCard(str(card)).data.eval_results
     assert {each.metric_type: each.metric_value for each in results} == {"accuracy": 76.12, "nfe": 30.14, "tpf": 4.21}
 
 
-def test_the_card_of_a_dataset():
+def test_the_card_of_a_dataset(hub):
     rows = Dataset.from_list([{**ROW, "example_id": i, "correct": i != 1} for i in range(4)])
     card = dataset_card(
         {"train": rows, "test": rows.select([0])}, "user/gsm8k-trajectories", model="GSAI-ML/LLaDA-8B-Instruct",
         sources=["openai/gsm8k"], license="mit", language="en",
     )  # fmt: skip
     expect(card, "dataset_card.md")
+    card.validate(repo_type="dataset")
+    card.data.license = "No Such Licence"
+    with pytest.raises(ValueError, match="license"):
+        card.validate(repo_type="dataset")
     assert DatasetCard(str(card)).data.source_datasets == ["openai/gsm8k"]

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
-from evaluation import ANSWER_LENGTH, evaluate
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
+from solving import ANSWER_LENGTH, evaluate
 
 from dparallel.modeling import POLICIES  # registers the models too: official repositories' own code is older
 

@@ -220,17 +220,21 @@ class FilterTrainer(Trainer):
         )
 
 
-def acceptance_rates(unmasking_filter: UnmaskingFilter, records: Dataset, thresholds) -> list[dict]:
-    """How often the filter errs on masked positions, at each threshold: `false_accept`, the share of the predictions
-    that are not final which it accepts, and `false_reject`, the share of the final ones which it does not."""
-    unmasking_filter = unmasking_filter.eval()
+def acceptance_rates(judge: UnmaskingFilter | str, records: Dataset, thresholds) -> list[dict]:
+    """How often a filter, or a threshold on a statistic ("confidence", "margin"), errs on masked positions:
+    `false_accept`, the share of the predictions that are not final which it accepts, and `false_reject`, the share of
+    the final ones which it does not, for each threshold."""
+    is_filter = isinstance(judge, UnmaskingFilter)
+    device = judge.eval().device if is_filter else torch.device("cpu")
     probability, label = [], []
-    for batch in records.with_format("torch", device=str(unmasking_filter.device)).iter(8192):
-        inputs = {name: batch[name] for name in (*STATISTICS, "masked", "token")}
-        with torch.no_grad():
-            logits = unmasking_filter(**inputs)["logits"]
+    for batch in records.with_format("torch", device=str(device)).iter(8192):
         masked = batch["masked"].bool()
-        probability.append(logits[masked].sigmoid())
+        if is_filter:
+            with torch.no_grad():
+                scores = judge(**{name: batch[name] for name in (*STATISTICS, "masked", "token")})["logits"].sigmoid()
+        else:
+            scores = batch[judge]
+        probability.append(scores[masked])
         label.append(batch["labels"][masked].bool())
     probability, label = torch.cat(probability), torch.cat(label)
     rates = []

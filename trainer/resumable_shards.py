@@ -10,7 +10,7 @@ from datasets import Dataset, concatenate_datasets
 from tqdm import tqdm
 
 
-def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) -> Dataset:
+def map_in_shards(function, items, folder, settings, shard_size=512, desc=None, describe=None) -> Dataset:
     """Compute rows for `items`, shard by shard, on all processes, and return them in the order of the items.
 
     A shard is an Arrow file in `folder` that appears complete or not at all. After a kill at any moment, the same
@@ -25,6 +25,8 @@ def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) 
         settings (`dict`): what the rows depend on, as JSON: saved beside the shards, and compared by a rerun.
         shard_size (`int`): items per shard, at least 1. It is one of the settings.
         desc (`str`, *optional*): of the progress bar, which takes all processes to be as fast as the first.
+        describe (`Callable[[list[dict]], dict]`, *optional*): gets the rows of each shard that this process computes;
+            the bar shows what it returns.
 
     Raises:
         ValueError: if the folder holds shards that were made with other settings, naming those.
@@ -48,10 +50,13 @@ def map_in_shards(function, items, folder, settings, shard_size=512, desc=None) 
             part = slices[number]
             shard = items.select(part) if isinstance(items, Dataset) else items[part.start : part.stop]
             temporary = paths[number].with_suffix(f".{os.getpid()}.tmp")
-            table = Dataset.from_list(function(number, shard)).data.table
+            rows = function(number, shard)
+            table = Dataset.from_list(rows).data.table
             with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
             os.replace(temporary, paths[number])
+            if describe is not None:
+                progress.set_postfix(describe(rows), refresh=False)
             progress.update(len(part) * state.num_processes)
     state.wait_for_everyone()
     return concatenate_datasets([Dataset.from_file(str(path)) for path in paths])

@@ -5,6 +5,7 @@ import json
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Value, concatenate_datasets
 from tqdm import tqdm
 
@@ -40,9 +41,8 @@ def generate_trajectories(
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
         prompts (`Dataset`): with a column `prompt` of text or messages; other columns are carried along.
         output_dir (`str` or `Path`): where shards go; one folder for one job.
-        judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and is
-            asked at the end, for all rows, so that a changed judge needs no new decoding; and once for each shard, so
-            that one that raises does so early.
+        judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and must
+            always say the same of it. Verdicts are not saved: a changed judge needs no new decoding.
         batch_size (`int`): prompts per batch. It may change between runs, after running out of memory for example;
             answers do not depend on it, but for rounding and for sampled ones.
         shard_size (`int`): prompts per shard.
@@ -90,16 +90,28 @@ def generate_trajectories(
             )
     model.eval()
 
+    verdicts = {}  # of this process, by example
+    passes = []
+
     def is_right(row):
+        if row["example_id"] in verdicts:
+            return verdicts[row["example_id"]]
         try:
             answer = judge(row)
         except Exception as error:
             raise ValueError(
-                f"`judge` failed on example {row['example_id']} with the columns {sorted(row)}."
+                f"`judge` failed on example {row['example_id']} with the columns {sorted(row)}: "
+                f"{type(error).__name__}: {error}"
             ) from error
         if answer is None:
             raise ValueError(f"`judge` returned None for example {row['example_id']}: it must return True or False.")
+        verdicts[row["example_id"]] = bool(answer)
         return bool(answer)
+
+    def describe(rows):
+        passes.extend(row["num_forward_passes"] for row in rows)
+        words = {"NFE": f"{sum(passes) / len(passes):.1f}"}
+        return words if judge is None else words | {"right": f"{sum(verdicts.values()) / len(verdicts):.1%}"}
 
     def decode_shard(number, shard):
         ids = shard["input_ids"]
@@ -112,19 +124,29 @@ def generate_trajectories(
             )
             for i, answer in zip(chosen, answers, strict=True):
                 rows[i] = {"example_id": number * shard_size + i, **answer}
-        if judge is not None:
-            is_right({**shard[0], **rows[0]})  # so that a judge that fails does so now, and not after hours
+        if judge is not None:  # here, so that one that fails does so now, and not after hours
+            for item, row in zip(shard, rows, strict=True):
+                is_right({**item, **row})
         return rows
 
     job = {"model": model_digest(model), "prompts": rows_digest(prompts), "seed": seed, "generate": resolved}
     if config.unmasking == "learned_filter" and model.unmasking_filter is not None:
         job["unmasking_filter"] = model_digest(model.unmasking_filter)
-    answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding")
+    answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding", describe=describe)
     dataset = concatenate_datasets([prompts.remove_columns("input_ids"), answers], axis=1)
-    correct = [None if judge is None else is_right(row) for row in tqdm(dataset, desc="Judging", leave=False)]
+    correct = [None] * len(dataset) if judge is None else _judge_all(is_right, dataset)
     dataset = dataset.add_column("correct", correct, feature=Value("bool"))
     dataset = dataset.add_column("seed", [seed] * len(dataset))
     return dataset.add_column("settings", [json.dumps(settings)] * len(dataset))
+
+
+def _judge_all(is_right, dataset):
+    """Each process judges its part, or knows already; all get all verdicts."""
+    state = PartialState()
+    part = range(state.process_index, len(dataset), state.num_processes)
+    progress = tqdm(part, desc="Judging", leave=False, disable=not state.is_main_process)
+    own = [(i, is_right(dataset[i])) for i in progress]
+    return [verdict for _, verdict in sorted(gather_object(own))]
 
 
 def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from distillation import ANY_RATIO, TRAINING, judge, to_prompt
-from evaluation import ANSWER_LENGTH, evaluate, load_model
 from problems import generate_problems, to_conversation
+from solving import ANSWER_LENGTH, evaluate, load_model
 from transformers import AutoTokenizer
 
 from dparallel.modeling import LLaDAModelLM

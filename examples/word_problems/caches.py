@@ -13,9 +13,11 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from evaluation import evaluate, here_and_now, load_model, paired_difference
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
+from solving import evaluate, load_model, paired_difference
 from transformers import AutoTokenizer
+
+from dparallel.evaluation import here_and_now
 
 HERE = Path(__file__).parent
 DECODINGS = {

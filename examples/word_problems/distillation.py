@@ -24,11 +24,12 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from evaluation import ANSWER_LENGTH, evaluate, here_and_now, paired_difference
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
+from solving import ANSWER_LENGTH, evaluate, paired_difference
 from train import generated_dataset
 from transformers import AutoTokenizer
 
+from dparallel.evaluation import here_and_now
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.resumable_shards import map_in_shards

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from evaluation import ANSWER_LENGTH, evaluate, here_and_now, load_model
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_conversation
+from solving import ANSWER_LENGTH, evaluate, load_model
 from transformers import AutoTokenizer, PrinterCallback
 
+from dparallel.evaluation import here_and_now
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import (
     FilterConfig,
@@ -76,6 +77,10 @@ class Study:
 
     def train_filters(self, name):
         folder, model = self.arguments.output_dir / name, self.model(name)
+        targets = {kind: folder / kind.replace(" ", "-") for kind in FEATURES}
+        if all(f"{name}, {kind}" in self.results.get("rates", {}) for kind in FEATURES):
+            self.filters |= {(name, kind): UnmaskingFilter.from_pretrained(path) for kind, path in targets.items()}
+            return
         problems = islice(generate_problems("train", self.arguments.prompts, PROMPT_SEED), self.arguments.prompts)
         prompts = Dataset.from_list([{"prompt": to_conversation(problem)["prompt"]} for problem in problems])
         batch_size = 1024 if self.is_gpu else 8
@@ -87,26 +92,26 @@ class Study:
             model, slow, folder / "records", max_new_tokens=ANSWER_LENGTH, batch_size=batch_size, shard_size=2048
         )
         self.results.setdefault("oracle", {})[name] = oracle_passes(records)
+        rates = self.results.setdefault("rates", {})
+        _, held_out = split_by_prompt(records, FilterConfig.eval_share)
+        rates[f"{name}, confidence alone"] = acceptance_rates("confidence", held_out, CANDIDATES["learned_filter"])
         for kind, features in FEATURES.items():
-            target = folder / kind.replace(" ", "-")
-            if not (target / "config.json").exists():
-                torch.manual_seed(0)
-                config = UnmaskingFilterConfig(features=features, vocab_size=model.config.vocab_size)
-                unmasking_filter = UnmaskingFilter(config)
-                if config.reads_tokens:
-                    unmasking_filter.read_tokenizer(self.tokenizer)
-                config = FilterConfig(
-                    str(target), use_cpu=True, report_to="none", num_train_epochs=self.arguments.epochs,
-                    logging_strategy="no", disable_tqdm=True,
-                )  # fmt: skip
-                training, held_out = split_by_prompt(records, config.eval_share)
-                trainer = FilterTrainer(unmasking_filter, config, training, held_out)
-                trainer.remove_callback(PrinterCallback)  # a line for each epoch
-                trainer.train()
-                rates = acceptance_rates(trainer.model, held_out, CANDIDATES["learned_filter"])
-                self.results.setdefault("rates", {})[f"{name}, {kind}"] = rates
-                trainer.model.save_pretrained(target)
-            self.filters[name, kind] = UnmaskingFilter.from_pretrained(target)
+            torch.manual_seed(0)
+            config = UnmaskingFilterConfig(features=features, vocab_size=model.config.vocab_size)
+            unmasking_filter = UnmaskingFilter(config)
+            if config.reads_tokens:
+                unmasking_filter.read_tokenizer(self.tokenizer)
+            config = FilterConfig(
+                str(targets[kind]), use_cpu=True, report_to="none", num_train_epochs=self.arguments.epochs,
+                logging_strategy="no", disable_tqdm=True,
+            )  # fmt: skip
+            training, held_out = split_by_prompt(records, config.eval_share)
+            trainer = FilterTrainer(unmasking_filter, config, training, held_out)
+            trainer.remove_callback(PrinterCallback)  # a line for each epoch
+            trainer.train()
+            rates[f"{name}, {kind}"] = acceptance_rates(trainer.model, held_out, CANDIDATES["learned_filter"])
+            trainer.model.save_pretrained(targets[kind])
+            self.filters[name, kind] = trainer.model
         self.save()
 
     def save(self):

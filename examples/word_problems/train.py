@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from evaluation import ANSWER_LENGTH, evaluate
 from problems import generate_problems, to_conversation
+from solving import ANSWER_LENGTH, evaluate
 from tokenizer import build_tokenizer
 from transformers import HfArgumentParser, set_seed
 

@@ -16,10 +16,10 @@ import pytest
 import quickstart
 from accelerate.commands.config.config_args import load_config_from_file
 from distill import DistillArguments, load_judge
-from evaluation import Result
 from golden import CHECKPOINT, STUDENT
 from judges import final_number
 from safetensors.torch import load_file
+from solving import Result
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 

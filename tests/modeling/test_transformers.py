@@ -10,10 +10,10 @@ import threading
 
 import pytest
 import torch
-from evaluation import evaluate
 from families import FAMILIES
 from golden import CHECKPOINT, STUDENT
 from problems import TEST_SEED, generate_problems
+from solving import evaluate
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer, pipeline
 
 import dparallel.modeling

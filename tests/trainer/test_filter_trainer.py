@@ -132,6 +132,8 @@ def test_rates_by_hand():
     rows[0] |= {"confidence": [0.0, 1.0, 2.0, 3.0], "masked": [1, 1, 1, 0], "labels": [0, 1, 0, 1]}
     (rate,) = acceptance_rates(model, Dataset.from_list(rows), [0.6])
     assert rate == {"threshold": 0.6, "false_accept": 0.5, "false_reject": 0.0}
+    rates = acceptance_rates("confidence", Dataset.from_list(rows), [0.6, 1.5])
+    assert [list(rate.values()) for rate in rates] == [[0.6, 0.5, 0.0], [1.5, 0.5, 1.0]]
 
 
 def test_choice_of_a_threshold():

@@ -1,13 +1,10 @@
 """Decode word problems with a model and count what it took."""
 
-import platform
 import statistics
 import time
 from dataclasses import dataclass
-from datetime import date
 
 import torch
-import transformers
 from problems import is_correct
 from tqdm import tqdm
 
@@ -86,10 +83,3 @@ def paired_difference(rows, others):
     differences = [int(a) - int(b) for a, b in zip(rows, others, strict=True)]
     mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
     return f"{100 * mean:+.1f} ({100 * (mean - 1.96 * error):+.1f} to {100 * (mean + 1.96 * error):+.1f})"
-
-
-def here_and_now():
-    """Where and when a number was measured; a run that was cut may go on elsewhere."""
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return {"date": str(date.today()), "hardware": hardware, "versions": versions}

@@ -1,0 +1,89 @@
+"""Find the fastest threshold that costs no more accuracy than allowed, and save it with the checkpoint.
+
+    python -m dparallel.evaluation.calibrate --task gsm8k --split train --limit 500 --model runs/llada/merged \\
+        --policy entropy_threshold --margin 0.01
+
+Accuracy is compared with that of one token a pass, or with `--bar`. Calibrate on problems that you do not report.
+"""
+
+import argparse
+from pathlib import Path
+
+from accelerate import PartialState
+
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, run
+from .evaluation import evaluate_task
+from .sweep import DEFAULT_GRID, fastest, number_of, sweep, to_table
+
+
+def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
+    """Of these thresholds the fastest whose accuracy is at most `margin` below that of one token a pass.
+
+    Args:
+        task, model, tokenizer, output_dir: see `evaluate_task`.
+        unmasking (`str`), thresholds (list of `float`): the policy (a scheduled one: steps).
+        margin (`float`): of accuracy, from 0 to 1.
+        bar (`float`, *optional*): the accuracy of slow decoding, where it is known already.
+        arguments: of `evaluate_task`.
+
+    Returns:
+        the chosen `Measurement` (None if no threshold is accurate enough), and all of them, slow decoding first.
+
+    Raises:
+        ValueError: for a margin or bar out of range.
+    """
+    for name, value in (("margin", margin), ("bar", bar)):
+        if value is not None and not 0 <= value <= 1:
+            raise ValueError(f"`{name}={value!r}` is not allowed: it must be from 0 to 1.")
+    points = []
+    if bar is None:
+        steps = arguments.get("max_new_tokens") or task.max_new_tokens
+        slow = {"unmasking": "confidence", "steps": steps}
+        points = [evaluate_task(task, model, tokenizer, Path(output_dir) / "slow", **arguments, **slow)]
+        bar = points[0].accuracy
+    candidates = sweep(task, model, tokenizer, output_dir, {unmasking: thresholds}, **arguments)
+    return fastest(candidates, bar - margin), [*points, *candidates]
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m dparallel.evaluation.calibrate", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--policy", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
+    parser.add_argument("--thresholds", type=float, nargs="+", help="candidates")
+    parser.add_argument("--margin", type=float, default=0.01, help="of accuracy that may be lost")
+    parser.add_argument("--bar", type=float, help="accuracy of slow decoding, if you know it")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/calibration"))
+    arguments = parser.parse_args()
+
+    def command():
+        if not (Path(arguments.model) / "config.json").exists():
+            raise ValueError(f"`model={arguments.model!r}` must be a folder: the threshold is written there.")
+        task = find_task(arguments.task)
+        model, tokenizer = load_model(arguments)
+        chosen, points = calibrate(
+            task, model, tokenizer, arguments.output_dir, arguments.policy,
+            arguments.thresholds or DEFAULT_GRID[arguments.policy], margin=arguments.margin, bar=arguments.bar,
+            **data_arguments(arguments),
+        )  # fmt: skip
+        if not PartialState().is_main_process:
+            return
+        print(to_table(points))
+        if chosen is None:
+            raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
+        settings = {"threshold": None, "steps": None, **chosen.decoding}
+        model.generation_config.update(**settings)
+        model.generation_config.save_pretrained(arguments.model)
+        name = number_of(arguments.policy)
+        print(
+            f"\n{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
+        )
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""What the commands that evaluate have in common."""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
+
+from .evaluation import evaluate_task
+from .tasks import TASKS, Task
+
+HEADER = "| task | model | decoding | NFE | TPF | accuracy % |\n" + "| --- " * 6 + "|"
+
+
+def find_task(name) -> Task:
+    """One of `TASKS` by its key, or `path.py:NAME` for one of your own."""
+    if name in TASKS:
+        return TASKS[name]
+    path, _, attribute = name.rpartition(":")
+    if not path or not Path(path).is_file():
+        raise ValueError(f"`task={name!r}` is not allowed: it must be one of {sorted(TASKS)}, or path.py:NAME.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).parent))  # a file may import its neighbours
+    spec.loader.exec_module(module)
+    task = getattr(module, attribute, None)
+    if not isinstance(task, Task):
+        raise ValueError(f"`task={name!r}` is not allowed: {path} has no Task of the name {attribute!r}.")
+    return task
+
+
+def add_model_arguments(parser):
+    parser.add_argument("--model", required=True, help="Hub id or folder")
+    parser.add_argument("--adapter", help="Hub id or folder of a LoRA adapter for it, which is not merged")
+    parser.add_argument("--dtype", help="default: as saved on a GPU, float32 on a CPU")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the repository's own Python code")
+
+
+def add_data_arguments(parser):
+    parser.add_argument("--data", help="JSON-lines file, or folder of them, instead of the Hub (also DPARALLEL_DATA)")
+    parser.add_argument("--split", help="default: test")
+    parser.add_argument("--limit", type=int, help="the first so many questions")
+    parser.add_argument("--num-fewshot", type=int, help="examples before each question")
+    parser.add_argument("--max-new-tokens", type=int, help="of an answer")
+    parser.add_argument("--batch-size", type=int, default=16)
+
+
+def data_arguments(arguments) -> dict:
+    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size")
+    return {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+
+def load_model(arguments):
+    """A model for decoding, on the device of this process, and its tokenizer."""
+    device = PartialState().device
+    kept = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", **kept)
+    dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **kept)
+    if arguments.adapter:
+        model.load_adapter(arguments.adapter)
+    return model.to(device).eval(), tokenizer
+
+
+def table_row(measurement, model) -> str:
+    return (
+        f"| {measurement.task}, {measurement.num_examples} | {model} | {measurement.settings} | {measurement.nfe:.1f} "
+        f"| {measurement.tpf:.2f} | {100 * measurement.accuracy:.1f} |"
+    )
+
+
+def run(command, *arguments):
+    """A command's main function, with errors that are the user's in a line instead of a traceback."""
+    try:
+        command(*arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def evaluate_from_command_line(task):
+    """All that a benchmark's script does.
+
+    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --policy entropy_threshold --threshold 0.5
+    """
+    parser = argparse.ArgumentParser(description=f"Accuracy and forward passes of a model on {task.name}.")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    decoding = parser.add_argument_group("decoding", "what is not given is as the checkpoint has it")
+    decoding.add_argument("--policy", dest="unmasking", choices=sorted(POLICIES))
+    decoding.add_argument("--threshold", type=float, help="of the policy")
+    decoding.add_argument("--steps", type=int, help="of a scheduled policy")
+    decoding.add_argument("--block-length", type=int)
+    decoding.add_argument("--block-cache", choices=["none", "prefix", "dual"])
+    decoding.add_argument("--cache-refresh", choices=["full", "previous_block"])
+    decoding.add_argument("--cache-refresh-interval", type=int)
+    decoding.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, help="of each answer")
+    decoding.add_argument("--eos-threshold", type=float)
+    parser.add_argument("--output-dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
+    arguments = parser.parse_args()
+    names = [action.dest for action in decoding._group_actions]
+    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+
+    def command():
+        model, tokenizer = load_model(arguments)
+        result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data_arguments(arguments), **settings)
+        if PartialState().is_main_process:
+            print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
+            print(f"In {arguments.output_dir}: results.json and samples.jsonl.")
+
+    run(command)

@@ -1,0 +1,124 @@
+"""Let a model answer a benchmark, judge it, and write down what it took."""
+
+import json
+import platform
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+
+from dparallel.hub_cards import Measurement
+from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.trainer import generate_trajectories
+
+from .metrics import DecodingEfficiency
+from .sandbox import run_tests
+
+SAMPLES_FILE = "samples.jsonl"
+SECONDS_FILE = "seconds.json"
+
+
+def evaluate_task(
+    task,
+    model,
+    tokenizer,
+    output_dir,
+    *,
+    split=None,
+    data=None,
+    limit=None,
+    num_fewshot=None,
+    batch_size=16,
+    shard_size=None,
+    **decoding,
+) -> Measurement:
+    """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
+
+    Answers are saved as they come, in `output_dir/answers`: after a kill, the same call goes on with the missing ones,
+    and what it writes is equal to that of an unbroken run, byte for byte. Out come, in `output_dir`,
+
+    - `results.json`: a list `measurements` with the one that is returned, as model cards read it;
+    - `samples.jsonl`: a line for each question with `example_id`, `prompt`, `response`, `num_forward_passes`,
+      `num_tokens` (up to and including the end-of-text) and `correct`;
+    - `seconds.json`: what decoding and judging took, if it was done in one go.
+
+    Args:
+        task (`Task`): see `tasks`.
+        model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): on its device.
+        output_dir (`str` or `Path`): of this evaluation alone.
+        split, data, limit, num_fewshot: see `Task.questions`.
+        batch_size (`int`): questions in a batch; answers do not depend on it, but for rounding.
+        shard_size (`int`, *optional*): questions that are saved together; by default a batch.
+        decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
+            task.
+
+    Raises:
+        ValueError: for wrong arguments, or if `output_dir` holds answers of another evaluation.
+        RuntimeError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
+    """
+    if task.runs_code:
+        run_tests("", "assert True")  # so that it is now said if programs may not, or cannot, be run here
+    questions = task.questions(split=split, data=data, limit=limit, num_fewshot=num_fewshot)
+    if tokenizer.chat_template is None:
+        questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
+    output_dir, start = Path(output_dir), time.perf_counter()
+    is_new = not any((output_dir / "answers").glob("shard-*"))
+    rows = generate_trajectories(
+        model, tokenizer, questions, output_dir / "answers",
+        lambda row: task.is_right(json.loads(row["row"]), row["response"]),
+        batch_size=batch_size, shard_size=shard_size or batch_size, **settings,
+    )  # fmt: skip
+    taken = time.perf_counter() - start if is_new else None
+    passes = rows["num_forward_passes"][:]
+    tokens = [len(ids) - start for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
+    measurement = Measurement(
+        task=task.name,
+        dataset=task.dataset,
+        split=split or task.split,
+        num_examples=len(rows),
+        decoding=decoding,
+        accuracy=sum(rows["correct"]) / len(rows),
+        **DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens),
+        **here_and_now(),
+    )
+    if PartialState().is_main_process:
+        lines = [
+            {
+                **{name: row[name] for name in ("example_id", "prompt", "response", "num_forward_passes")},
+                "num_tokens": count,
+                "correct": row["correct"],
+            }
+            for row, count in zip(rows, tokens, strict=True)
+        ]
+        (output_dir / SAMPLES_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        write_measurements([measurement], output_dir / RESULTS_FILE)
+        if taken is not None:
+            (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
+    return measurement
+
+
+def seconds_of(output_dir) -> float | None:
+    """What an evaluation took, if it was done in one go."""
+    path = Path(output_dir) / SECONDS_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_measurements(measurements, path):
+    """A results file, without what is not known."""
+    entries = [{name: value for name, value in asdict(each).items() if value is not None} for each in measurements]
+    Path(path).write_text(json.dumps({"measurements": entries}, indent=1) + "\n")
+
+
+def here_and_now() -> dict:
+    """`hardware`, `date` and `versions` of a measurement."""
+    is_gpu = torch.cuda.is_available()
+    return {
+        "hardware": torch.cuda.get_device_name() if is_gpu else f"CPU ({platform.machine()})",
+        "date": str(date.today()),
+        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
+    }

@@ -1,0 +1,74 @@
+"""lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) with our models: its generation tasks,
+in batches, with any policy.
+
+    python -m dparallel.evaluation.harness --model dparallel --tasks gsm8k_cot_zeroshot --apply_chat_template \\
+        --model_args pretrained=Dream-org/Dream-v0-Instruct-7B,unmasking=entropy_threshold,threshold=0.45 \\
+        --gen_kwargs max_gen_toks=256 --batch_size 16
+
+All arguments are the harness's own; `--model_args` also takes what `generate()` takes. The results have `nfe` and
+`tpf` of each task under `config`.
+"""
+
+import lm_eval.models  # noqa: F401  (its own models are registered first)
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+
+import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
+
+from .metrics import DecodingEfficiency
+
+DECODING = (
+    "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
+    "cache_refresh_interval", "stop_at_eos", "eos_threshold",
+)  # fmt: skip
+LIKELIHOODS = (
+    "{task!r} compares likelihoods, which a masked diffusion model does not have from left to right (its bound takes "
+    "many passes over random masks): choose a task that generates."
+)
+
+
+@register_model("dparallel")
+class DiffusionLM(HFLM):
+    """The harness's Hugging Face model, decoding by `generate(**decoding)`; see `HFLM` for the other arguments.
+
+    Args:
+        pretrained (`str` or `PreTrainedModel`).
+        unmasking, threshold, steps, ...: arguments of `generate()`; what is not given is as the checkpoint has it.
+    """
+
+    def __init__(self, pretrained, **arguments):
+        self.decoding = {name: arguments.pop(name) for name in DECODING if name in arguments}
+        self.efficiency, self._counts = {}, []
+        super().__init__(pretrained, backend="causal", **arguments)
+
+    def generate_until(self, requests, disable_tqdm=False):
+        answers = {}
+        for task in dict.fromkeys(request.task_name for request in requests):  # each with counts of its own
+            self._counts = []
+            numbers = [i for i, request in enumerate(requests) if request.task_name == task]
+            answers |= zip(numbers, super().generate_until([requests[i] for i in numbers], disable_tqdm), strict=True)
+            gathered = self.gather_object(self._counts) if self.world_size > 1 else [self._counts]
+            if self.rank == 0:
+                passes, tokens = zip(*(pair for counts in gathered for pair in counts), strict=True)
+                self.efficiency[task] = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
+        return [answers[i] for i in range(len(requests))]
+
+    def _model_generate(self, context, max_length, stop, **kwargs):
+        kwargs |= {**self.decoding, "return_dict_in_generate": True}
+        output = super()._model_generate(context, max_length, stop, **kwargs)
+        self._counts += zip(output.num_forward_passes.tolist(), output.num_tokens.tolist(), strict=True)
+        return output.sequences
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        raise NotImplementedError(LIKELIHOODS.format(task=requests[0].task_name))
+
+    loglikelihood_rolling = loglikelihood
+
+    def get_model_info(self):
+        found = {name: {task: each[name] for task, each in self.efficiency.items()} for name in ("nfe", "tpf")}
+        return super().get_model_info() | found | {"decoding": self.decoding}
+
+
+if __name__ == "__main__":
+    cli_evaluate()

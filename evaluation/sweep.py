@@ -1,0 +1,165 @@
+"""Accuracy against forward passes and seconds, over policies, thresholds and caches.
+
+    python -m dparallel.evaluation.sweep --task gsm8k --model user/repo --limit 200 \\
+        --decoding entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block-cache none dual
+
+Writes `results.json` (every point, as cards read it), `sweep.md` and `sweep.png`. After a kill it goes on where it
+was; a point that was decoded in two parts has no seconds.
+"""
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import PartialState
+
+from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.modeling import POLICIES
+
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, run
+from .evaluation import evaluate_task, seconds_of, write_measurements
+from .metrics import accuracy_under_parallelism
+
+DEFAULT_GRID = {
+    "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
+    "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.5],
+    "entropy_bound": [0.05, 0.1, 0.2, 0.4],
+}
+
+
+def number_of(unmasking) -> str:
+    """The argument of `generate()` that says how fast a policy is."""
+    return "steps" if POLICIES[unmasking].is_scheduled else "threshold"
+
+
+def parse_grid(words) -> dict[str, list[float]]:
+    """["entropy_threshold=0.1,0.3", ...] to {"entropy_threshold": [0.1, 0.3], ...}.
+
+    Raises:
+        ValueError: naming the word, for an unknown policy or what is no number.
+    """
+    grid = {}
+    for word in words:
+        unmasking, _, values = word.partition("=")
+        try:
+            kind = int if POLICIES[unmasking].is_scheduled else float
+            grid[unmasking] = [kind(value) for value in values.split(",")]
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"`decoding={word!r}` is not allowed: it must be POLICY=NUMBER,NUMBER,... with a policy of "
+                f"{sorted(POLICIES)}."
+            ) from error
+    return grid
+
+
+def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **arguments) -> list:
+    """Evaluate a model at every point of a grid.
+
+    Args:
+        task, model, tokenizer, output_dir: see `evaluate_task`.
+        grid (dict): policy -> thresholds, or steps of a scheduled one.
+        caches (list of `str`): `block_cache` of each.
+        arguments: of `evaluate_task`.
+
+    Returns:
+        list of `Measurement`, with seconds where a point was decoded in one go.
+    """
+    points = []
+    for unmasking, cache in ((unmasking, cache) for unmasking in grid for cache in caches):
+        for value in grid[unmasking]:
+            decoding = {"unmasking": unmasking, number_of(unmasking): value}
+            decoding |= {} if cache == "none" else {"block_cache": cache}
+            folder = Path(output_dir) / "-".join(map(str, decoding.values()))
+            point = evaluate_task(task, model, tokenizer, folder, **arguments, **decoding)
+            points.append(replace(point, seconds=seconds_of(folder)))
+    return points
+
+
+def curves(points) -> dict[str, list]:
+    """Points by policy and cache, the fastest first."""
+    found = {}
+    for point in sorted(points, key=lambda point: point.nfe):
+        label = point.decoding["unmasking"].replace("_", " ")
+        cache = point.decoding.get("block_cache")
+        found.setdefault(f"{label}, {cache} cache" if cache else label, []).append(point)
+    return found
+
+
+def aup(points) -> dict[str, float]:
+    """AUP of each curve; the best accuracy is that of all points."""
+    best = 100 * max(point.accuracy for point in points)
+    return {
+        label: accuracy_under_parallelism([p.tpf for p in line], [100 * p.accuracy for p in line], best)
+        for label, line in curves(points).items()
+    }
+
+
+def fastest(points, bar):
+    """Of the points that are at least this accurate, the one with the fewest passes; None if there is none."""
+    return min((point for point in points if point.accuracy >= bar), key=lambda point: point.nfe, default=None)
+
+
+def to_table(points) -> str:
+    rows = ["| decoding | NFE | TPF | seconds | accuracy % |", "| --- " * 5 + "|"]
+    for point in points:
+        taken = "" if point.seconds is None else f"{point.seconds:.1f}"
+        rows.append(f"| {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | {taken} | {100 * point.accuracy:.1f} |")
+    return "\n".join(rows)
+
+
+def plot(points, path, title):
+    """A PNG: accuracy against NFE, and against seconds where all points have them; AUP in the legend."""
+    from matplotlib.figure import Figure
+
+    areas, has_seconds = aup(points), all(point.seconds is not None for point in points)
+    figure = Figure(figsize=(11 if has_seconds else 6, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2 if has_seconds else 1, squeeze=False)[0]
+    axes_of = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
+    for axes, (name, label) in zip(panels, axes_of.items(), strict=False):
+        for curve, line in curves(points).items():
+            line = sorted(line, key=lambda point, name=name: getattr(point, name))
+            values = [getattr(point, name) for point in line], [100 * point.accuracy for point in line]
+            axes.plot(*values, "o-", markersize=4, label=f"{curve}, AUP {areas[curve]:.0f}")
+        axes.set(xlabel=label, ylabel="accuracy %", xscale="log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+        axes.tick_params(axis="x", which="both", labelsize=8)
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m dparallel.evaluation.sweep", description=__doc__.splitlines()[0])
+    parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    parser.add_argument("--decoding", nargs="+", metavar="POLICY=NUMBERS", help="default: three policies")
+    parser.add_argument("--block-cache", nargs="+", default=["none"], choices=["none", "prefix", "dual"])
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/sweep"))
+    arguments = parser.parse_args()
+
+    def command():
+        grid = parse_grid(arguments.decoding) if arguments.decoding else DEFAULT_GRID
+        task = find_task(arguments.task)
+        model, tokenizer = load_model(arguments)
+        folder = arguments.output_dir
+        points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data_arguments(arguments))
+        if not PartialState().is_main_process:
+            return
+        first = points[0]
+        where = f"{first.hardware}, {first.date}"
+        title = f"{Path(arguments.model).name}, {first.task}, {first.num_examples} examples, {where}"
+        areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(points).items())
+        report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"
+        write_measurements(points, folder / RESULTS_FILE)
+        (folder / "sweep.md").write_text(report)
+        plot(points, folder / "sweep.png", title)
+        print(report)
+
+    run(command)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""Benchmarks: where their rows come from, how they are asked, and when an answer is right.
+
+Prompts follow the published evaluations of dParallel on LLaDA: GSM8K without examples and with a request to reason and
+to box the answer, HumanEval as an instruction, MBPP with three examples, MATH with four. Examples come from the
+datasets themselves: of MBPP the three that its authors chose; of MATH the first of its training split, where the
+published evaluations have four of Minerva's. Dream was evaluated with lm-eval's own prompts: see `lm_eval`.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, concatenate_datasets, load_dataset
+
+from .answers import extract_code, last_boxed
+from .metrics import same_formula, same_number
+from .sandbox import run_tests
+
+DATA_VARIABLE = "DPARALLEL_DATA"
+MATH_SUBJECTS = (
+    "algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory", "prealgebra",
+    "precalculus",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Task:
+    """A benchmark.
+
+    Args:
+        name (`str`): what people call it.
+        dataset (`str`), subsets (list of `str`), split (`str`): of the Hub.
+        ask (`Callable[[dict], str]`): a row to the question.
+        solve (`Callable[[dict], str]`): a row to its answer, as an example shows it.
+        is_right (`Callable[[dict, str], bool]`): is this text the answer to the row?
+        columns (tuple of `str`): that a row must have.
+        files (dict): split -> name of a local file of its rows, in a folder that `--data` or the environment variable
+            DPARALLEL_DATA names.
+        keep (dict): split -> which rows of that file are its own.
+        example_split (`str`), first_example (`int`), num_fewshot (`int`): where examples come from, from which on, and
+            how many there are by default.
+        separator (`str`): between examples.
+        max_new_tokens (`int`): of an answer.
+        runs_code (`bool`): is the answer a program that must be run?
+    """
+
+    name: str
+    dataset: str
+    ask: Callable[[dict], str]
+    is_right: Callable[[dict, str], bool]
+    columns: tuple[str, ...]
+    solve: Callable[[dict], str] | None = None
+    subsets: tuple[str | None, ...] = (None,)
+    split: str = "test"
+    files: dict[str, str] = field(default_factory=dict)
+    keep: dict[str, Callable[[dict], bool]] = field(default_factory=dict)
+    example_split: str = "train"
+    first_example: int = 0
+    num_fewshot: int = 0
+    separator: str = "\n\n"
+    max_new_tokens: int = 256
+    runs_code: bool = False
+
+    def load(self, split=None, data=None) -> Dataset:
+        """The rows of a split: from a local file, if there is one, else from the Hub.
+
+        Args:
+            split (`str`, *optional*): by default the one that is evaluated.
+            data (`str` or `Path`, *optional*): a JSON-lines file, or a folder of `files`.
+
+        Raises:
+            ValueError: if there is no such file, or rows lack a column.
+        """
+        split = split or self.split
+        path = self._local_file(split, data)
+        if path is not None:
+            if not path.is_file():
+                raise ValueError(f"`data={str(data)!r}`: there is no file {path}.")
+            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            if path.name == self.files.get(split) and split in self.keep:
+                rows = [row for row in rows if self.keep[split](row)]
+            rows = Dataset.from_list(rows)
+        else:
+            rows = concatenate_datasets([load_dataset(self.dataset, subset, split=split) for subset in self.subsets])
+        missing = sorted(set(self.columns) - set(rows.column_names))
+        if missing:
+            raise ValueError(f"{self.name}: the rows of {path or self.dataset} lack the columns {missing}.")
+        return rows
+
+    def _local_file(self, split, data):
+        folder = data or os.environ.get(DATA_VARIABLE)
+        if folder is None:
+            return None
+        if Path(folder).is_dir():
+            return Path(folder) / self.files[split] if split in self.files else None
+        return Path(folder)
+
+    def questions(self, *, split=None, data=None, limit=None, num_fewshot=None) -> Dataset:
+        """What is asked: the columns `prompt` (messages of one user) and `row` (JSON).
+
+        Args:
+            split, data: see `load`. Examples always come from where `files` or the Hub have them.
+            limit (`int`, *optional*): the first so many rows.
+            num_fewshot (`int`, *optional*): examples before the question; by default the task's.
+        """
+        count = self.num_fewshot if num_fewshot is None else num_fewshot
+        if count < 0 or (count and self.solve is None):
+            raise ValueError(f"`num_fewshot={count!r}` is not allowed for {self.name}: it must be at least 0"
+                             f"{' and, as it has no examples, no more' if self.solve is None else ''}.")  # fmt: skip
+        if limit is not None and limit < 1:
+            raise ValueError(f"`limit={limit!r}` is not allowed: it must be at least 1.")
+        rows, shots = self.load(split, data), []
+        if count:
+            source = data if data is None or Path(data).is_dir() else None
+            examples = self.load(self.example_split, source)
+            chosen = examples.select(range(self.first_example, self.first_example + count))
+            shots = [f"{self.ask(row)}\n{self.solve(row)}" for row in chosen]
+        rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+        return Dataset.from_list(
+            [
+                {
+                    "prompt": [{"role": "user", "content": self.separator.join([*shots, self.ask(row)])}],
+                    "row": json.dumps(row, ensure_ascii=False),
+                }
+                for row in rows
+            ]
+        )
+
+
+REASON = "Reason step by step, and put the final answer in \\boxed{}."
+
+
+def _solve_gsm8k(row):
+    reasoning, _, number = row["answer"].partition("####")
+    return f"{reasoning.strip()}\nThe answer is \\boxed{{{number.strip()}}}."
+
+
+GSM8K = Task(
+    name="GSM8K",
+    dataset="openai/gsm8k",
+    subsets=("main",),
+    files={"test": "gsm8k_test.jsonl", "train": "gsm8k_train.jsonl"},
+    columns=("question", "answer"),
+    ask=lambda row: f"{row['question']}\n{REASON}",
+    solve=_solve_gsm8k,
+    is_right=lambda row, text: same_number(text, row["answer"]),
+)
+MATH = Task(
+    name="MATH",
+    dataset="EleutherAI/hendrycks_math",
+    subsets=MATH_SUBJECTS,
+    files={"test": "math_test.jsonl", "train": "math_train.jsonl"},
+    columns=("problem", "solution"),
+    ask=lambda row: f"{row['problem']}\n{REASON}",
+    solve=lambda row: row["solution"],
+    is_right=lambda row, text: same_formula(text, f"\\boxed{{{last_boxed(row['solution'])}}}"),
+    num_fewshot=4,
+)
+
+
+def _is_right_mbpp(row, text):
+    return run_tests(f"{row['test_setup_code']}\n{extract_code(text)}", "\n".join(row["test_list"])).passed
+
+
+MBPP = Task(
+    name="MBPP",
+    dataset="google-research-datasets/mbpp",
+    subsets=("full",),
+    files=dict.fromkeys(("test", "prompt", "train", "validation"), "mbpp.jsonl"),
+    keep={  # the file has all splits
+        "prompt": lambda row: row["task_id"] <= 10,
+        "test": lambda row: 11 <= row["task_id"] <= 510,
+        "validation": lambda row: 511 <= row["task_id"] <= 600,
+        "train": lambda row: row["task_id"] >= 601,
+    },
+    columns=("text", "code", "test_list", "test_setup_code"),
+    ask=lambda row: (
+        f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass these "
+        "tests:\n\n" + "\n".join(row["test_list"])
+    ),
+    solve=lambda row: f"[BEGIN]\n{row['code']}\n[DONE]",
+    is_right=_is_right_mbpp,
+    example_split="prompt",
+    first_example=1,
+    num_fewshot=3,
+    runs_code=True,
+)
+
+
+def _is_right_humaneval(row, text):
+    name = row["entry_point"]
+    program, head = extract_code(text, name), row["prompt"]
+    if f"def {name}" in program:  # else it is the body alone
+        head = head.split(f"def {name}")[0]  # imports, and functions that the wanted one calls
+    return run_tests(head + program, f"{row['test']}\ncheck({name})").passed
+
+
+HUMANEVAL = Task(
+    name="HumanEval",
+    dataset="openai/openai_humaneval",
+    files={"test": "humaneval.jsonl"},
+    columns=("prompt", "entry_point", "test"),
+    ask=lambda row: (
+        f"Complete this Python function. Answer with the whole function in a code block.\n\n"
+        f"```python\n{row['prompt'].rstrip()}\n```"
+    ),
+    is_right=_is_right_humaneval,
+    runs_code=True,
+)
+TASKS = {"gsm8k": GSM8K, "math": MATH, "mbpp": MBPP, "humaneval": HUMANEVAL}

@@ -1,0 +1,11 @@
+"""Accuracy and forward passes of a model on MATH, on one process or many.
+
+    accelerate launch examples/gsm8k/evaluate_math.py --model user/repo --policy entropy_threshold --threshold 0.5
+
+Started again after a kill, it goes on where it was. `--help` lists the rest.
+"""
+
+from dparallel.evaluation import MATH, evaluate_from_command_line
+
+if __name__ == "__main__":
+    evaluate_from_command_line(MATH)

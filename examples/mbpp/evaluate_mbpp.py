@@ -1,0 +1,12 @@
+"""Accuracy and forward passes of a model on MBPP, on one process or many.
+
+    export HF_ALLOW_CODE_EVAL=1   # programs that a model wrote are run, in a sandbox
+    accelerate launch examples/mbpp/evaluate_mbpp.py --model user/repo --policy entropy_threshold --threshold 0.5
+
+Started again after a kill, it goes on where it was. `--help` lists the rest.
+"""
+
+from dparallel.evaluation import MBPP, evaluate_from_command_line
+
+if __name__ == "__main__":
+    evaluate_from_command_line(MBPP)

@@ -1,0 +1,246 @@
+"""Show how answers come about: a page that plays the decoding pass by pass, and a picture for a README.
+
+python examples/visualize.py    # the models in the box, one token a step, by a threshold, and distilled
+python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \
+    --decoding unmasking=confidence_threshold,threshold=0.9 --decoding '{"unmasking": "margin", "steps": 64}'
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
+from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
+from quickstart import ANSWER_LENGTH, MODELS, own_decoding
+
+import dparallel.modeling  # registers the models: official repositories' own code is older  # noqa: F401
+
+TEMPLATE = Path(__file__).with_suffix(".html")
+DEFAULT_DECODING = {"unmasking": "confidence_threshold", "threshold": 0.9}
+ONE_TOKEN = {"unmasking": "confidence", "steps": ANSWER_LENGTH}
+DECODINGS = {"teacher": [ONE_TOKEN, DEFAULT_DECODING], "student": [{}]}
+DEFAULT_BLOCK_LENGTH = 32
+# From the first pass to the last: lightness alone tells the order. From probability 0 to 1: what is unsure stands out.
+PASS_COLOURS = ["#fbe38e", "#abd98a", "#6cc4a4", "#6cb4da", "#37589f", "#3d2f73"]
+CERTAINTY_COLOURS = ["#a61c3c", "#e2604a", "#f5a878", "#f3dcc4", "#d6e4f0"]
+CERTAINTY_DARK = ["#ff5c72", "#f58a5f", "#d9a066", "#7d7068", "#3a597d"]
+WHITESPACE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
+
+
+# --- traces ----------------------------------------------------------------------------------------------------------
+
+
+def split_text(tokenizer, ids):
+    """The text that each of these tokens adds; joined, they are the decoded answer. Where a character is spread over
+    tokens, the last of them has it."""
+    texts, text = [], ""
+    for i in range(1, len(ids) + 1):
+        longer = tokenizer.decode(ids[:i], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if longer.endswith("\ufffd") and i < len(ids):
+            longer = text
+        texts.append(longer[len(text) :])
+        text = longer
+    return texts
+
+
+def visible_mark(tokenizer, token_id, text):
+    """What stands for the part of a token that cannot be seen, empty if there is none."""
+    if token_id in tokenizer.all_special_ids:
+        return tokenizer.convert_ids_to_tokens(token_id)
+    if not text:
+        return "…"  # a part of a character
+    unseen = [char for char in text if not char.isprintable() or text.isspace()]
+    return "".join(WHITESPACE.get(char, "␣" if char.isspace() else f"U+{ord(char):04X}") for char in unseen)
+
+
+def trace(output, row, tokenizer, prompt_width, model="model", decoding=None, block_length=DEFAULT_BLOCK_LENGTH):
+    """One row of a `DiffusionGenerationOutput` as plain numbers and texts.
+
+    `prompt_width` is the length of the (padded) prompts, `decoding` the settings to show. A pass counts from 1, and is
+    0 for positions that were never written. Tokens behind the end-of-text have no text.
+    """
+    if getattr(output, "unmasking_step", None) is None:
+        raise ValueError(
+            "`output` has no `unmasking_step`: it must come from `generate(..., return_dict_in_generate=True)` of a "
+            "diffusion model."
+        )
+    ids, length = output.sequences[row, prompt_width:].tolist(), output.num_tokens[row].item()
+    if len(ids) != output.unmasking_step.shape[1]:
+        raise ValueError(
+            f"`prompt_width={prompt_width!r}` leaves {len(ids)} tokens of {output.sequences.shape[1]}, but the answer "
+            f"has {output.unmasking_step.shape[1]}."
+        )
+    texts = split_text(tokenizer, ids[:length])
+    marks = [visible_mark(tokenizer, token_id, text) for token_id, text in zip(ids, texts, strict=False)]
+    padding = [""] * (len(ids) - length)
+    tokens = zip(
+        ids, texts + padding, marks + padding, output.unmasking_step[row].tolist(),
+        output.unmasking_confidence[row].tolist(), strict=True,
+    )  # fmt: skip
+    settings = dict(decoding or {})
+    name = settings.pop("unmasking", None)
+    return {
+        "model": str(model),
+        "decoding": ", ".join([*([name] if name else []), *(f"{key} {value}" for key, value in settings.items())]),
+        "block_length": block_length,
+        "passes": output.num_forward_passes[row].item(),
+        "length": length,
+        "tokens_per_pass": round(output.tokens_per_forward[row].item(), 2),
+        "tokens": [
+            {"id": token_id, "text": text, "mark": mark, "pass": step + 1, "probability": round(probability, 4)}
+            for token_id, text, mark, step, probability in tokens
+        ],
+    }
+
+
+def pass_ticks(last):
+    """Passes to name on a logarithmic scale: 1, 2, 4, ... and the last one."""
+    ticks = [2**i for i in range(last.bit_length())]
+    return [tick for tick in ticks if tick <= last / 1.4 or tick == 1] + ([last] if last > 1 else [])
+
+
+# --- page and picture ------------------------------------------------------------------------------------------------
+
+
+def to_html(traces, prompt):
+    """The page, complete in itself."""
+    last = max(each["passes"] for each in traces)
+    data = {
+        "prompt": prompt, "last": last, "ticks": pass_ticks(last), "pass_colours": PASS_COLOURS,
+        "certainty_colours": CERTAINTY_COLOURS, "certainty_dark": CERTAINTY_DARK, "traces": traces,
+    }  # fmt: skip
+    # A token may be </script> or <!--: in JSON, "<" only stands inside strings, where it can be written so.
+    text = json.dumps(data, ensure_ascii=False).replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("TRACES", text, 1)
+
+
+def to_picture(traces, path):
+    """A PNG with a row for each trace: positions of the answer, coloured by the pass that wrote them."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+    from matplotlib.figure import Figure  # not pyplot, which may look for a display
+
+    last = max(each["passes"] for each in traces)
+    width = max((i for each in traces for i, token in enumerate(each["tokens"], start=1) if token["pass"]), default=1)
+    figure = Figure(figsize=(9, 0.8 + 0.8 * len(traces)), dpi=200, layout="constrained", facecolor="white")
+    rows = figure.subplots(len(traces), sharex=True, squeeze=False)[:, 0]
+    colours = LinearSegmentedColormap.from_list("passes", PASS_COLOURS).with_extremes(bad="#efefef")
+    for axes, each in zip(rows, traces, strict=True):
+        passes = [token["pass"] or float("nan") for token in each["tokens"][:width]]
+        image = axes.pcolormesh(
+            [i + 0.5 for i in range(len(passes) + 1)], [0, 1], [passes], cmap=colours, norm=LogNorm(1, max(last, 2)),
+            edgecolors="white", linewidth=min(0.7, 60 / width),
+        )  # fmt: skip
+        edges = [i + 0.5 for i in range(each["block_length"], len(passes), each["block_length"])]
+        axes.vlines(edges, -0.12, 1.12, colors="#777777", linewidth=0.9, linestyles="dotted", clip_on=False)
+        if each["length"] < len(passes):
+            axes.plot(each["length"], 1.12, "v", color="#333333", markersize=4, clip_on=False)
+        label = f"{Path(each['model']).name}, {each['decoding']}"
+        size = 10 * min(1, 64 / len(label))  # leaves room for the numbers
+        axes.set_title(label, loc="left", fontsize=size, pad=12)
+        passes, rate = each["passes"], each["tokens_per_pass"]
+        passes = f"{passes} forward pass{'es' if passes != 1 else ''}"
+        axes.set_title(f"{passes}, {rate:.1f} tokens per pass", loc="right", fontsize=10, pad=12, fontweight="bold")
+        axes.spines[:].set_visible(False)
+        axes.tick_params(left=False, labelleft=False, bottom=False, labelsize=9)
+        axes.set(xlim=(0.5, width + 0.5), ylim=(0, 1))
+    rows[-1].set_xlabel("position in the answer (▼ end-of-text, dotted: next block)", fontsize=9)
+    bar = figure.colorbar(image, ax=list(rows), pad=0.015, aspect=4 * len(traces), ticks=pass_ticks(last), format="%d")
+    bar.ax.minorticks_off()
+    bar.ax.invert_yaxis()
+    bar.set_label("written in pass", fontsize=9)
+    bar.ax.tick_params(labelsize=9)
+    bar.outline.set_visible(False)
+    figure.savefig(path)
+
+
+# --- command ---------------------------------------------------------------------------------------------------------
+
+
+def parse_decoding(text):
+    """Settings of `generate()`, from JSON or from `name=value,name=value`."""
+
+    def parse_value(value):
+        try:
+            return json.loads(value.lower())  # lower: True as in Python
+        except ValueError:
+            return value
+
+    try:
+        if text.lstrip().startswith("{"):
+            return json.loads(text)
+        return {name.strip(): parse_value(value) for name, value in (pair.split("=", 1) for pair in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must be JSON or unmasking=...,threshold=...") from None
+
+
+def decode(model, tokenizer, prompt, decoding):
+    """The output for one prompt, as a chat where the tokenizer knows chats, and the prompt's length in tokens."""
+    if tokenizer.chat_template is None:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    else:
+        chat = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids, mask = (inputs[name].to(model.device) for name in ("input_ids", "attention_mask"))
+    output = model.generate(input_ids=ids, attention_mask=mask, return_dict_in_generate=True, **decoding)
+    return output, ids.shape[1]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", action="append", help="Hub id or folder, any number of times; default: the box")
+    parser.add_argument(
+        "--decoding", action="append", type=parse_decoding, metavar="SETTINGS",
+        help="JSON or unmasking=...,threshold=..., any number of times; default: the model's own",
+    )  # fmt: skip
+    parser.add_argument("--prompt", help="default: a held-out word problem")
+    parser.add_argument("--max-new-tokens", type=int, help="default: the model's own")
+    parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
+    parser.add_argument("--picture", type=Path, default=Path("decoding.png"), help="the picture; needs matplotlib")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    arguments = parser.parse_args()
+    if arguments.prompt is None:
+        arguments.prompt = next(iter(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))).question
+    if not arguments.prompt.strip():
+        parser.error(f"--prompt {arguments.prompt!r}: it must not be empty")
+    for name in ("output", "picture"):
+        path = getattr(arguments, name)
+        if not path.parent.is_dir():
+            parser.error(f"--{name} {path}: there is no folder {path.parent}")
+
+    models = {path: path for path in arguments.model} if arguments.model else MODELS
+    decodings = dict.fromkeys(models, arguments.decoding or [{}])
+    if not arguments.model and not arguments.decoding:
+        decodings = DECODINGS
+    length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
+    traces = []
+    for name, path in models.items():
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
+        model = model.to(arguments.device).eval()
+        own = own_decoding(model) or DEFAULT_DECODING
+        for given in decodings[name]:
+            decoding = given if "unmasking" in given else {**own, **given}
+            try:
+                output, width = decode(model, tokenizer, arguments.prompt, length | decoding)
+            except ValueError as error:
+                sys.exit(f"{name}, {decoding}: {error}")
+            saved = getattr(model.generation_config, "block_length", None)
+            block_length = decoding.get("block_length") or saved or DEFAULT_BLOCK_LENGTH
+            traces.append(trace(output, 0, tokenizer, width, name, decoding, block_length))
+            column = traces[-1]
+            print(f"{name}, {column['decoding']}: {column['length']} tokens in {column['passes']} forward passes")
+    arguments.output.write_text(to_html(traces, arguments.prompt), encoding="utf-8")
+    try:
+        to_picture(traces, arguments.picture)
+    except ImportError as error:
+        sys.exit(f"see {arguments.output}; the picture needs another package: {error}")
+    print(f"see {arguments.output} and {arguments.picture}")
+
+
+if __name__ == "__main__":
+    main()

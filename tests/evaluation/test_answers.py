@@ -1,0 +1,72 @@
+"""What a text says in the end."""
+
+import json
+from fractions import Fraction
+
+import pytest
+from rows import DATA, real_rows
+
+from dparallel.evaluation import answers
+from dparallel.evaluation.metrics import same_formula, same_number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("The answer is $1,234.50.", "1234.5"),
+        ("5-3 = 2, and 10 - 3 = 7", "7"),
+        (r"so \boxed{\frac{3}{4}} and not 5", "3/4"),
+        (r"\boxed{-12,000\text{ dollars}}", "-12000"),
+        (r"\boxed{12} or rather \boxed{13", "12"),
+        (r"nothing in \boxed{the box}, so 7", "7"),
+        (r"\boxed{x_{1} = 8}", "8"),
+        ("12 apples\n#### -7 apples, or 8", "-7"),
+        ("it is \u22125 degrees", "-5"),
+        ("= -$5.", "-5"),
+        ("half of it, 18%", "18"),
+        ("3 1/2 cups", "7/2"),
+        ("1/8 of it", "1/8"),
+        (".5 or 70.", "70"),
+        (r"\$1{,}000", "1000"),
+        ("12,345,678 of 1,23", "23"),
+        ("x = 6/0", None),
+        ("none", None),
+        ("", None),
+    ],
+)
+def test_final_number(text, number):
+    assert answers.final_number(text) == (None if number is None else Fraction(number))
+
+
+def test_same_number_allows_rounding_only():
+    assert same_number("0.3333333333", "1/3") and not same_number("0.333", "1/3")
+    assert same_number("1000000", "1,000,000") and not same_number("1000002", "1,000,000")
+    assert not same_number("none", "none")
+
+
+def test_formulas_are_compared_as_formulas():
+    assert same_formula(r"thus \boxed{\frac{\sqrt{2}}{2}}", r"\boxed{\frac{1}{\sqrt{2}}}")
+    assert same_formula(r"\boxed{(x+1)(x-1)}", r"\boxed{x^2-1}") and not same_formula(r"\boxed{x}", r"\boxed{y}")
+
+
+@real_rows
+def test_every_answer_of_gsm8k_is_read():
+    for name in ("gsm8k_test.jsonl", "gsm8k_train.jsonl"):
+        for line in (DATA / name).read_text().splitlines():
+            answer = json.loads(line)["answer"]
+            assert answers.final_number(answer) == Fraction(answer.split("####")[1].strip().replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("text", "entry_point", "code"),
+    [
+        ("Here:\n```python\ndef f():\n    pass\n```\nDone.", None, "def f():\n    pass"),
+        ("```\nx = 1\n```\n```py\ndef f(): pass\n```", "f", "def f(): pass"),
+        ("```python\nx = 1\n```", "f", "x = 1"),
+        ("```python\ndef f():\n    return 1", "f", "def f():\n    return 1"),  # cut off
+        ("[BEGIN]\ndef f(): pass\n[DONE]\nand more", None, "def f(): pass"),
+        ("\ndef f(): pass\n", None, "def f(): pass"),
+    ],
+)
+def test_extract_code(text, entry_point, code):
+    assert answers.extract_code(text, entry_point) == code

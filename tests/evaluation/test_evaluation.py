@@ -1,0 +1,218 @@
+"""Evaluations: against one question at a time, killed and started again, from scripts, and refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import evaluate_word_problems
+import pytest
+import torch
+from golden import CHECKPOINT, STUDENT
+from peft import LoraConfig, get_peft_model
+from rows import DATA, FUNCTION, PROGRAM, QUESTIONS, real_rows
+from transformers import AutoModelForCausalLM
+
+from dparallel.evaluation import GSM8K, HUMANEVAL, MATH, MBPP, evaluate_task
+from dparallel.evaluation.command_line import load_model
+from dparallel.hub_cards import load_measurements
+
+EXAMPLES = CHECKPOINT.parents[1]
+
+
+def write_lines(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write_lines(tmp_path / "questions.jsonl", QUESTIONS)
+
+
+def start(script, *arguments, **environment):
+    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+
+
+def run(script, *arguments, **environment):
+    process = start(script, *arguments, **environment)
+    out, err = process.communicate()
+    return process.returncode, out, err
+
+
+def samples(folder):
+    return [json.loads(line) for line in (Path(folder) / "samples.jsonl").read_text().splitlines()]
+
+
+def test_equals_one_question_at_a_time(word_model, word_tokenizer, questions, tmp_path):
+    decoding = {"unmasking": "entropy_threshold", "threshold": 0.1}
+    arguments = {"data": questions, "batch_size": 3, "max_new_tokens": 64, **decoding}
+    result = evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path / "out", **arguments)
+    passes, tokens, right = 0, 0, 0
+    for row, sample in zip(QUESTIONS, samples(tmp_path / "out"), strict=True):
+        chat = [{"role": "user", "content": GSM8K.ask(row)}]
+        ids = word_tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = word_model.generate(**ids, max_new_tokens=64, return_dict_in_generate=True, **decoding)
+        answer = output.sequences[0, ids["input_ids"].shape[1] :]
+        assert sample["response"] == word_tokenizer.decode(answer, skip_special_tokens=True)
+        assert sample["num_forward_passes"] == output.num_forward_passes.item()
+        assert sample["correct"] == GSM8K.is_right(row, sample["response"]) and sample["prompt"] == chat
+        passes, tokens = passes + output.num_forward_passes.item(), tokens + output.num_tokens.item()
+        right += sample["correct"]
+    assert (result.nfe, result.tpf, result.accuracy) == (passes / 3, tokens / passes, right / 3)
+    assert load_measurements(tmp_path / "out" / "results.json") == [result]
+    assert result.decoding == {**decoding, "max_new_tokens": 64} and result.task == "GSM8K"
+
+
+def test_word_problems_from_the_shell(tmp_path):
+    arguments = ["--model", STUDENT, "--limit", 4, "--batch-size", 4, "--output-dir", tmp_path / "out"]
+    code, out, err = run("word_problems/evaluate_word_problems.py", *arguments)
+    assert code == 0, err
+    assert "| Word problems, 4 | student | as shipped |" in out and "right=" in err and "NFE=" in err
+    result = load_measurements(tmp_path / "out" / "results.json")[0]
+    assert result.accuracy == 1 and result.nfe < 10, "the student's own policy"
+    problem = evaluate_word_problems.WORD_PROBLEMS.load()[0]
+    assert samples(tmp_path / "out")[0]["prompt"][0]["content"] == problem["question"]
+
+
+def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
+    write_lines(
+        questions, [{**row, "question": f"{i + 2} birds. {row['question']}"} for i in range(5) for row in QUESTIONS]
+    )
+    arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 24, "--batch-size", 2,
+                 "--policy", "confidence", "--output-dir"]  # fmt: skip
+    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "whole")
+    assert code == 0, err
+    process = start("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "killed")
+    while len(list((tmp_path / "killed" / "answers").glob("shard-*.arrow"))) < 3:
+        assert process.poll() is None and time.sleep(0.02) is None
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "killed")
+    assert code == 0, err
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "whole" / "seconds.json").exists() and not (tmp_path / "killed" / "seconds.json").exists()
+
+
+def test_two_processes(questions, tmp_path):
+    arguments = ["--model", STUDENT, "--data", questions, "--max-new-tokens", 32, "--batch-size", 1, "--output-dir"]
+    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "one")
+    assert code == 0, err
+    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+    command = [sys.executable, *launch, "--dynamo_backend", "no", EXAMPLES / "gsm8k/evaluate_gsm8k.py", *arguments]
+    result = subprocess.run(
+        [*map(str, command), tmp_path / "two"], capture_output=True, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("| GSM8K, 3 |") == 1
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+
+
+def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype="float32").eval()
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    ids = torch.arange(300, 330)[None]
+    with torch.no_grad():
+        without = base(ids).logits
+        adapted = get_peft_model(base, config).eval()
+        expected = adapted(ids).logits
+        adapted.save_pretrained(tmp_path / "adapter")
+        arguments = {"model": CHECKPOINT, "adapter": tmp_path / "adapter", "dtype": None, "trust_remote_code": False}
+        model, _ = load_model(SimpleNamespace(**arguments))
+        torch.testing.assert_close(model(ids).logits, expected)
+    assert (expected - without).abs().max() > 0.1
+    flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
+    code, out, err = run("gsm8k/evaluate_gsm8k.py", *flags, "--output-dir", tmp_path / "out")
+    assert code == 0 and "| GSM8K, 3 |" in out, err
+
+
+def test_programs_are_run_only_if_allowed(tmp_path):
+    data = write_lines(tmp_path / "programs.jsonl", [PROGRAM, PROGRAM])
+    flags = ["--model", STUDENT, "--data", data, "--num-fewshot", 0, "--max-new-tokens", 16, "--output-dir"]
+    code, out, err = run("mbpp/evaluate_mbpp.py", *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="0")
+    assert code == 1 and "HF_ALLOW_CODE_EVAL" in err and "Traceback" not in err
+    assert not (tmp_path / "out").exists(), "said before any decoding"
+    code, out, err = run("mbpp/evaluate_mbpp.py", *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="1")
+    assert code == 0, err
+    assert "| MBPP, 2 | student |" in out and len(samples(tmp_path / "out")) == 2
+
+
+@real_rows
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [
+        ("gsm8k/evaluate_gsm8k.py", ["--num-fewshot", 1]),
+        ("mbpp/evaluate_mbpp.py", ["--num-fewshot", 1]),
+        ("mbpp/evaluate_humaneval.py", []),
+    ],
+)
+def test_real_rows_from_end_to_end(script, flags, tmp_path):
+    flags = [*flags, "--model", STUDENT, "--limit", 2, "--max-new-tokens", 32, "--output-dir", tmp_path]
+    code, _, err = run(script, *flags, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))
+    assert code == 0, err
+    assert len(samples(tmp_path)) == 2 and load_measurements(tmp_path / "results.json")[0].num_examples == 2
+
+
+def test_right_and_wrong_programs(monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    assert MBPP.is_right(PROGRAM, MBPP.solve(PROGRAM)) and not MBPP.is_right(PROGRAM, "def double(x):\n    return x")
+    whole = FUNCTION["prompt"] + FUNCTION["canonical_solution"]
+    for answer in (
+        f"Here:\n```python\n{whole}```",
+        FUNCTION["canonical_solution"],
+        "def double(x):\n    return x + x",
+    ):
+        assert HUMANEVAL.is_right(FUNCTION, answer), answer
+    for answer in ("    return x", "```python\ndef double(x):\n    return 3 * x\n```", "", "no idea"):
+        assert not HUMANEVAL.is_right(FUNCTION, answer), answer
+
+
+def test_formulas():
+    row = {"problem": "What is half?", "solution": r"It is \boxed{\frac{1}{2}}."}
+    assert MATH.is_right(row, r"so \boxed{0.5}") and not MATH.is_right(row, r"so \boxed{2}")
+
+
+def test_examples_come_before_the_question(tmp_path):
+    write_lines(tmp_path / "gsm8k_train.jsonl", QUESTIONS[:2])
+    write_lines(tmp_path / "gsm8k_test.jsonl", QUESTIONS[2:])
+    asked = GSM8K.questions(data=tmp_path, num_fewshot=2)[0]["prompt"][0]["content"]
+    first, second, question = asked.split("\n\n")
+    assert first.startswith("Nora has 12") and first.endswith("12 + 8\nThe answer is \\boxed{20}.")
+    assert second.startswith("Sam has 9") and question == GSM8K.ask(QUESTIONS[2])
+    write_lines(tmp_path / "mbpp.jsonl", [{**PROGRAM, "task_id": i} for i in (1, 2, 3, 11, 510, 511, 600, 974)])
+    assert [len(MBPP.load(split, tmp_path)) for split in ("prompt", "test", "validation", "train")] == [3, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"limit": 0}, r"`limit=0` is not allowed: it must be at least 1"),
+        ({"num_fewshot": -1}, r"`num_fewshot=-1` is not allowed for GSM8K"),
+        ({"data": "nowhere.jsonl"}, r"`data='nowhere.jsonl'`: there is no file"),
+    ],
+)
+def test_wrong_arguments(word_model, word_tokenizer, questions, tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path / "out", **{"data": questions, **settings})
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_of_another_benchmark(questions):
+    with pytest.raises(
+        ValueError, match=r"MBPP: the rows of .*questions.jsonl lack the columns \['code', 'test_list'"
+    ):
+        MBPP.load(data=questions)
+    with pytest.raises(ValueError, match=r"`num_fewshot=2` is not allowed for HumanEval"):
+        HUMANEVAL.questions(data=questions, num_fewshot=2)

@@ -1,0 +1,98 @@
+"""lm-evaluation-harness on a task over a local file: from the shell, against `generate()` itself."""
+
+import json
+import os
+import subprocess
+import sys
+
+import lm_eval
+import pytest
+import torch
+from golden import STUDENT
+from lm_eval.tasks import TaskManager
+from rows import QUESTIONS
+
+from dparallel.evaluation.harness import DiffusionLM
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder with a task that generates, and one that compares likelihoods."""
+    rows = [{**row, "answer": row["answer"].split()[-1]} for row in QUESTIONS]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    head = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
+test_split: test
+doc_to_text: "{{{{question}}}}"
+"""
+    (tmp_path / "word_problems.yaml").write_text(f"""task: word_problems{head}
+output_type: generate_until
+doc_to_target: "{{{{answer}}}}"
+generation_kwargs: {{until: ["<|endoftext|>"], do_sample: false, max_gen_toks: 128}}
+filter_list:
+  - name: answer
+    filter: [{{function: regex, regex_pattern: "The answer is ([0-9]+)"}}, {{function: take_first}}]
+metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
+""")
+    (tmp_path / "choices.yaml").write_text(f"""task: choices{head}
+output_type: multiple_choice
+doc_to_choice: ["20", "21"]
+doc_to_target: 0
+""")
+    return tmp_path
+
+
+def evaluate(model, folder, task="word_problems", **arguments):
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    return lm_eval.simple_evaluate(
+        model, tasks=[task], task_manager=manager, apply_chat_template=True, bootstrap_iters=0, **arguments
+    )
+
+
+def test_policies_and_batches(tasks, word_model, word_tokenizer):
+    decoding = {"unmasking": "confidence_threshold", "threshold": 0.9, "block_length": 16}
+    results = {}
+    for batch_size in (1, 3):
+        model = DiffusionLM(word_model, tokenizer=word_tokenizer, batch_size=batch_size, device="cpu", **decoding)
+        results[batch_size] = evaluate(model, tasks)
+        assert results[batch_size]["results"]["word_problems"]["exact_match,answer"] == 1.0
+    passes, tokens = 0, 0
+    for row in QUESTIONS:
+        chat = [{"role": "user", "content": row["question"]}]
+        ids = word_tokenizer.apply_chat_template(
+            chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        with torch.no_grad():
+            output = word_model.generate(**ids, max_new_tokens=128, return_dict_in_generate=True, **decoding)
+        passes, tokens = passes + output.num_forward_passes.item(), tokens + output.num_tokens.item()
+    for result in results.values():
+        assert result["config"]["nfe"] == {"word_problems": passes / 3}
+        assert result["config"]["tpf"] == {"word_problems": tokens / passes}
+
+
+def test_likelihoods_are_refused(tasks, word_model, word_tokenizer):
+    model = DiffusionLM(word_model, tokenizer=word_tokenizer, batch_size=1, device="cpu")
+    with pytest.raises(NotImplementedError, match=r"'choices' compares likelihoods, .* choose a task that generates"):
+        evaluate(model, tasks, "choices")
+
+
+def test_from_the_shell(tasks, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "dparallel.evaluation.harness",
+        "--model",
+        "dparallel",
+        "--tasks",
+        "word_problems",
+    ]
+    command += ["--model_args", f"pretrained={STUDENT},dtype=float32,unmasking=entropy_threshold,threshold=0.1"]
+    command += ["--include_path", tasks, "--apply_chat_template", "--batch_size", "3", "--device", "cpu"]
+    command += ["--output_path", tmp_path / "out"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    config = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["config"]
+    assert config["decoding"] == {"unmasking": "entropy_threshold", "threshold": 0.1}
+    assert config["nfe"]["word_problems"] < 10 and config["tpf"]["word_problems"] > 5

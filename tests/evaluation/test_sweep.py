@@ -1,0 +1,118 @@
+"""Sweeps and calibration, from the shell on the model in the box, and their arithmetic on points that are made up."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from golden import CHECKPOINT, STUDENT
+
+from dparallel.evaluation import calibrate as calibration
+from dparallel.evaluation import sweep as sweeping
+from dparallel.evaluation.command_line import find_task
+from dparallel.hub_cards import Measurement, load_measurements
+
+TASK = f"{CHECKPOINT.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
+POINT = Measurement(
+    task="T", dataset="d", split="test", num_examples=10, accuracy=0.9, nfe=20.0, tpf=3.0, seconds=2.0,
+    decoding={"unmasking": "entropy_threshold", "threshold": 0.1}, hardware="CPU", date="2026-11-25", versions="torch",
+)  # fmt: skip
+
+
+def run(module, *arguments):
+    command = [sys.executable, "-m", f"dparallel.evaluation.{module}", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_sweep(tmp_path):
+    flags = [
+        "--task",
+        TASK,
+        "--model",
+        STUDENT,
+        "--limit",
+        2,
+        "--output-dir",
+        tmp_path,
+        "--block-cache",
+        "none",
+        "dual",
+    ]
+    flags += ["--decoding", "entropy_threshold=0.1,30", "confidence=32", "--max-new-tokens", 64]
+    result = run("sweep", *flags)
+    assert result.returncode == 0, result.stderr
+    points = load_measurements(tmp_path / "results.json")
+    assert [[v for k, v in point.decoding.items() if k != "max_new_tokens"] for point in points] == [
+        ["entropy_threshold", 0.1], ["entropy_threshold", 30.0], ["entropy_threshold", 0.1, "dual"],
+        ["entropy_threshold", 30.0, "dual"], ["confidence", 32], ["confidence", 32, "dual"],
+    ]  # fmt: skip
+    assert all(point.seconds > 0 for point in points) and points[0].nfe > points[1].nfe
+    assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    report = (tmp_path / "sweep.md").read_text()
+    assert report.strip() in result.stdout and "- AUP of entropy threshold, dual cache: " in report
+    again = run("sweep", *flags)
+    assert again.returncode == 0 and again.stdout == result.stdout, "nothing is decoded again"
+
+
+def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
+    shutil.copytree(CHECKPOINT, tmp_path / "model")
+    flags = ["--task", TASK, "--split", "validation", "--model", tmp_path / "model", "--limit", 2, "--margin", 0]
+    flags += ["--output-dir", tmp_path / "out", "--bar", 1, "--thresholds", 0.1, 30]
+    result = run("calibrate", *flags)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
+    assert config["max_new_tokens"] == 128, "the rest stays"
+    result = run("calibrate", *flags, "--thresholds", 30)
+    assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
+
+
+def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
+    task = find_task(TASK)
+    arguments = {"limit": 2, "max_new_tokens": 64}
+    chosen, points = calibration.calibrate(
+        task, word_model, word_tokenizer, tmp_path, "confidence_threshold", [0.9], **arguments
+    )
+    assert points[0].decoding == {"unmasking": "confidence", "steps": 64, "max_new_tokens": 64}
+    assert points[0].nfe > 2 * points[1].nfe and (chosen is None) == (points[1].accuracy < points[0].accuracy - 0.01)
+    for wrong in ({"margin": 1.5}, {"bar": -1}):
+        with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}=.* is not allowed: it must be from 0 to 1"):
+            calibration.calibrate(task, word_model, word_tokenizer, tmp_path, "entropy_threshold", [0.1], **wrong)
+
+
+def test_points_become_curves_and_areas():
+    cached = {**POINT.decoding, "block_cache": "dual"}
+    points = [
+        POINT, replace(POINT, nfe=10.0, tpf=6.0, accuracy=0.88), replace(POINT, decoding=cached, accuracy=0.8),
+    ]  # fmt: skip
+    curves = sweeping.curves(points)
+    assert {name: [point.nfe for point in line] for name, line in curves.items()} == {
+        "entropy threshold": [10.0, 20.0], "entropy threshold, dual cache": [20.0],
+    }  # fmt: skip
+    areas = sweeping.aup(points)
+    weighted = 88 * 2.718281828459045 ** (-3 * (1 - 88 / 90))
+    assert areas["entropy threshold"] == pytest.approx(3 * 90 + (6 - 3) * (90 + weighted) / 2)
+    assert areas["entropy threshold, dual cache"] == pytest.approx(3 * 80)
+    assert sweeping.fastest(points, 0.85).nfe == 10 and sweeping.fastest(points, 0.95) is None
+
+
+@pytest.mark.parametrize(
+    "word", ["entropy_threshold=a", "nothing=1", "confidence=0.5", "entropy_threshold", "confidence="]
+)
+def test_wrong_grids(word):
+    with pytest.raises(ValueError, match=rf"`decoding='{word}'` is not allowed: it must be POLICY=NUMBER"):
+        sweeping.parse_grid([word])
+
+
+def test_wrong_tasks(tmp_path):
+    (tmp_path / "mine.py").write_text("TASK = 1\n")
+    for name, message in (
+        ("gsm9k", r"`task='gsm9k'` is not allowed: it must be one of \['gsm8k', 'humaneval'"),
+        (f"{tmp_path}/mine.py:TASK", "has no Task of the name 'TASK'"),
+        (f"{tmp_path}/other.py:TASK", "is not allowed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            find_task(name)

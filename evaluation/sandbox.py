@@ -77,7 +77,7 @@ def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
             builtins; a builtin's name is the program's only if there is no other (MBPP 126: `sum(10, 15) == 6`). Of
             MBPP, `test_setup_code` and `test_list`; of HumanEval, `test` and `check(<entry point>)`.
         timeout (`float`): seconds of wall clock for both, above 0. Python's start comes on top.
-        memory (`int`): MiB of address space of each of the two processes, 64 to 1,048,576; Python itself takes 30.
+        memory (`int`): MiB of address space of each of the two processes, 64 to 1,048,576; Python itself takes 15.
 
     Can be called from several threads. Sets of strings have the same order in each call (PYTHONHASHSEED=0).
 

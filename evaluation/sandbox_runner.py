@@ -1,4 +1,4 @@
-"""What `sandbox.run_tests` starts: a script of its own, so that it is up in 20 ms. See there for the design.
+"""What `sandbox.run_tests` starts: a script of its own, so that it starts fast. See there for the design.
 
     python sandbox_runner.py TIMEOUT MEMORY SIZE < program of SIZE bytes, then the tests and their names for it
 

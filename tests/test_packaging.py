@@ -20,7 +20,7 @@ def test_wheel_and_sdist(tmp_path):
     wheel, sdist = next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))
     sources = {
         f"dparallel/{folder}/{path.name}"
-        for folder in ("modeling", "trainer", "hub_cards")
+        for folder in ("modeling", "trainer", "hub_cards", "evaluation")
         for path in (ROOT / folder).glob("*.py")
     }
     with zipfile.ZipFile(wheel) as archive:
@@ -36,7 +36,7 @@ def test_wheel_and_sdist(tmp_path):
     code = """
 import sys
 sys.path.insert(0, sys.argv[1])
-import dparallel.modeling as m, dparallel.trainer as t, dparallel.hub_cards, torch
+import dparallel.modeling as m, dparallel.trainer as t, dparallel.hub_cards, dparallel.evaluation, torch
 assert m.__file__.startswith(sys.argv[1]) and t.__file__.startswith(sys.argv[1]), m.__file__
 model = m.LLaDAModelLM.from_pretrained(sys.argv[2])
 print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape)

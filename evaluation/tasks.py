@@ -161,7 +161,7 @@ MATH = Task(
 
 
 def _is_right_mbpp(row, text):
-    return run_tests(f"{row['test_setup_code']}\n{extract_code(text)}", "\n".join(row["test_list"])).passed
+    return run_tests(extract_code(text), "\n".join([row["test_setup_code"], *row["test_list"]])).passed
 
 
 MBPP = Task(
@@ -191,10 +191,10 @@ MBPP = Task(
 
 def _is_right_humaneval(row, text):
     name = row["entry_point"]
-    program, head = extract_code(text, name), row["prompt"]
-    if f"def {name}" in program:  # else it is the body alone
-        head = head.split(f"def {name}")[0]  # imports, and functions that the wanted one calls
-    return run_tests(head + program, f"{row['test']}\ncheck({name})").passed
+    program = extract_code(text, name)
+    head = row["prompt"].split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
+    program = (head if f"def {name}" in program else row["prompt"]) + program  # it may be the body alone
+    return run_tests(program, f"{head}\n{row['test']}\ncheck({name})").passed  # helpers of the tests' own
 
 
 HUMANEVAL = Task(

@@ -22,6 +22,8 @@ from dparallel.evaluation.command_line import load_model
 from dparallel.hub_cards import load_measurements
 
 EXAMPLES = CHECKPOINT.parents[1]
+# It makes a helper, which the tests use, give what it then expects.
+REDEFINED = "def half(x):\n    return 0\n\n\ndef double(x):\n    return {2: 4, 0: 3}[x]"
 
 
 def write_lines(path, rows):
@@ -168,6 +170,8 @@ def test_real_rows_from_end_to_end(script, flags, tmp_path):
 def test_right_and_wrong_programs(monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
     assert MBPP.is_right(PROGRAM, MBPP.solve(PROGRAM)) and not MBPP.is_right(PROGRAM, "def double(x):\n    return x")
+    uses_program = {**PROGRAM, "test_setup_code": "four = double(2)", "test_list": ["assert four == 4"]}
+    assert MBPP.is_right(uses_program, MBPP.solve(PROGRAM))
     whole = FUNCTION["prompt"] + FUNCTION["canonical_solution"]
     for answer in (
         f"Here:\n```python\n{whole}```",
@@ -175,7 +179,7 @@ def test_right_and_wrong_programs(monkeypatch):
         "def double(x):\n    return x + x",
     ):
         assert HUMANEVAL.is_right(FUNCTION, answer), answer
-    for answer in ("    return x", "```python\ndef double(x):\n    return 3 * x\n```", "", "no idea"):
+    for answer in ("    return x", "```python\ndef double(x):\n    return 3 * x\n```", "", "no idea", REDEFINED):
         assert not HUMANEVAL.is_right(FUNCTION, answer), answer
 
 

@@ -5,7 +5,6 @@ import importlib.util
 import sys
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,9 +77,7 @@ def run(command, *arguments):
     """A command's main function, with errors that are the user's in a line instead of a traceback."""
     try:
         command(*arguments)
-    except (ValueError, RuntimeError, OSError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except (ValueError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 

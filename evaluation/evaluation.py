@@ -58,7 +58,7 @@ def evaluate_task(
 
     Raises:
         ValueError: for wrong arguments, or if `output_dir` holds answers of another evaluation.
-        RuntimeError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
+        PermissionError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
     """
     if task.runs_code:
         run_tests("", "assert True")  # so that it is now said if programs may not, or cannot, be run here

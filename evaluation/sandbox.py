@@ -33,10 +33,10 @@ class Verdict:
 
 
 def require_permission():
-    """Raises a RuntimeError unless the environment variable HF_ALLOW_CODE_EVAL is "1" (as for code_eval of Hugging
-    Face's `evaluate`) and the platform is Linux."""
+    """Raises a PermissionError unless the environment variable HF_ALLOW_CODE_EVAL is "1" (as for code_eval of Hugging
+    Face's `evaluate`), and a RuntimeError on another platform than Linux."""
     if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
-        raise RuntimeError(
+        raise PermissionError(
             "Running programs that a model wrote is off. They are confined, but no confinement is perfect: to allow "
             'it, set the environment variable HF_ALLOW_CODE_EVAL to "1".'
         )
@@ -84,8 +84,9 @@ def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
     Raises:
         ValueError: naming an argument that is not allowed; tests that are not Python, assert nothing, or pass the
             program something that is neither a plain value, nor a builtin type, nor its own.
-        RuntimeError: see `require_permission`; or if a process cannot be confined here: Linux on another machine than
-            x86-64 and aarch64, or one that refuses seccomp.
+        PermissionError: unless the environment variable HF_ALLOW_CODE_EVAL is "1".
+        RuntimeError: if a process cannot be confined here: another platform than Linux, or another machine than x86-64
+            and aarch64, or one that refuses seccomp.
     """
     require_permission()
     for name, value in (("program", program), ("tests", tests)):

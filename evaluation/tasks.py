@@ -77,7 +77,8 @@ class Task:
         path = self._local_file(split, data)
         if path is not None:
             if not path.is_file():
-                raise ValueError(f"`data={str(data)!r}`: there is no file {path}.")
+                source = f"`data={str(data)!r}`" if data else f"{DATA_VARIABLE}={os.environ[DATA_VARIABLE]}"
+                raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
             rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
             if path.name == self.files.get(split) and split in self.keep:
                 rows = [row for row in rows if self.keep[split](row)]

@@ -204,7 +204,7 @@ def test_examples_come_before_the_question(tmp_path):
     [
         ({"limit": 0}, r"`limit=0` is not allowed: it must be at least 1"),
         ({"num_fewshot": -1}, r"`num_fewshot=-1` is not allowed for GSM8K"),
-        ({"data": "nowhere.jsonl"}, r"`data='nowhere.jsonl'`: there is no file"),
+        ({"data": "nowhere.jsonl"}, r"`data='nowhere.jsonl'` is not allowed for GSM8K: there is no file"),
     ],
 )
 def test_wrong_arguments(word_model, word_tokenizer, questions, tmp_path, settings, message):

@@ -193,7 +193,7 @@ def test_sets_have_one_order():
 def test_it_is_off_by_default(monkeypatch):
     for value in (None, "0", "true"):
         monkeypatch.delenv("HF_ALLOW_CODE_EVAL") if value is None else monkeypatch.setenv("HF_ALLOW_CODE_EVAL", value)
-        with pytest.raises(RuntimeError, match="HF_ALLOW_CODE_EVAL"):
+        with pytest.raises(PermissionError, match="HF_ALLOW_CODE_EVAL"):
             run_tests(DOUBLE, "assert f(2) == 4")
 
 

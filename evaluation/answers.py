@@ -1,16 +1,20 @@
 """What a model answered: the number, or the program, in its text."""
 
 import re
+import textwrap
 from fractions import Fraction
 
-# A sign counts where nothing stands before it that it could be subtracted from; thousands may be grouped.
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+# Thousands may be grouped; a sign counts where it touches the number and nothing that it could be subtracted from.
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
 _NUMBER = re.compile(
-    rf"(?P<sign>(?<![\w)\]}}.])-\s?[$€£]?\s?)?(?:(?P<whole>\d+)\s(?=\d+/\d))?"
+    rf"(?P<sign>(?<![\w)\]}}.])-[$€£]?)?(?:(?P<whole>\d{{1,9}})\s+(?=\d+/\d))?"
     rf"(?P<top>{_DIGITS})(?:\s?/\s?(?P<bottom>{_DIGITS}))?"
 )
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{([^{}]+)\}\s*\{([^{}]+)\}")
-_FENCE = re.compile(r"```[ \t]*(?:python|py|Python)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL)
+_PART = r"(?:\{\s*([^{}]+?)\s*\}|(\d))"
+_LATEX_FRACTION = re.compile(rf"(\d)?\\[cdt]?frac\s*{_PART}\s*{_PART}")
+_LATEX_UNIT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}(?:\s*\^\s*(?:\{[^{}]*\}|\w))?|\^\s*\{?\\circ\}?")
+_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
+_BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|\\boxed\s+(\w+)")
 
 
 def final_number(text) -> Fraction | None:
@@ -30,9 +34,11 @@ def final_number(text) -> Fraction | None:
 
 
 def last_boxed(text) -> str | None:
-    """What is in the last complete `\\boxed{...}`, braces inside included."""
-    for start in reversed([match.end() for match in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
+    """What is in the last complete `\\boxed{...}` or `\\fbox{...}`, braces inside included, or behind `\\boxed `."""
+    for match in reversed(list(_BOX.finditer(text))):
+        if match[1]:
+            return match[1]
+        depth, start = 1, match.end()
         for i, character in enumerate(text[start:], start):
             depth += {"{": 1, "}": -1}.get(character, 0)
             if depth == 0:
@@ -42,7 +48,8 @@ def last_boxed(text) -> str | None:
 
 def _numbers(text):
     text = text.replace("\u2212", "-").replace("\\$", "$").replace("\\,", "").replace("{,}", ",").replace("\\!", "")
-    text = _LATEX_FRACTION.sub(r"\1/\2", text)
+    text = _LATEX_FRACTION.sub(lambda m: f"{m[1] + ' ' if m[1] else ''}{m[2] or m[3]}/{m[4] or m[5]}", text)
+    text = _LATEX_UNIT.sub(" ", text)
     return [number for match in _NUMBER.finditer(text) if (number := _to_fraction(match)) is not None]
 
 
@@ -56,13 +63,16 @@ def _to_fraction(match):
 
 
 def extract_code(text, entry_point=None) -> str:
-    """The program in an answer: of its fenced blocks the first that defines `entry_point`, or without such a name the
-    first; without fences, the text between `[BEGIN]` and `[DONE]`, the marks of MBPP's prompt, as far as they are
-    there."""
-    blocks = _FENCE.findall(text)
-    for block in blocks:
-        if entry_point is None or re.search(rf"\b(?:def|class)\s+{re.escape(entry_point)}\b", block):
-            return block
-    if blocks:
-        return blocks[0]
-    return text.split("[BEGIN]")[-1].split("[DONE]")[0].strip("\n")
+    """The program in an answer: what is before the first `[DONE]` and behind a `[BEGIN]`, the marks of MBPP's prompt,
+    as far as they are there; of that, if it has fenced blocks, the first one that defines `entry_point`, or else the
+    first one of Python, or else the first."""
+    text = text.replace("\r\n", "\n").split("[DONE]")[0]
+    text = text.split("[BEGIN]", 1)[-1]
+    blocks = [(language.lower(), textwrap.dedent(block).rstrip()) for language, block in _FENCE.findall(text)]
+    if not blocks:
+        return text.split("```")[0].strip("\n")  # closed, but not opened
+    if entry_point is not None:
+        for _, block in blocks:
+            if re.search(rf"\b(?:def|class)\s+{re.escape(entry_point)}\b", block):
+                return block
+    return next((block for language, block in blocks if language.startswith("py")), blocks[0][1])

@@ -42,7 +42,8 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
         points = [evaluate_task(task, model, tokenizer, Path(output_dir) / "slow", **arguments, **slow)]
         bar = points[0].accuracy
     candidates = sweep(task, model, tokenizer, output_dir, {unmasking: thresholds}, **arguments)
-    return fastest(candidates, bar - margin), [*points, *candidates]
+    chosen = fastest(candidates, bar - margin - 1e-9)  # rounding must not decide
+    return chosen, [*points, *candidates]
 
 
 def main():
@@ -60,8 +61,11 @@ def main():
     arguments = parser.parse_args()
 
     def command():
-        if not (Path(arguments.model) / "config.json").exists():
-            raise ValueError(f"`model={arguments.model!r}` must be a folder: the threshold is written there.")
+        if arguments.adapter or not (Path(arguments.model) / "config.json").exists():
+            wrong = f"adapter={arguments.adapter!r}" if arguments.adapter else f"model={arguments.model!r}"
+            raise ValueError(
+                f"`{wrong}` is not allowed: a merged model's folder is wanted, to write the threshold there."
+            )
         task = find_task(arguments.task)
         model, tokenizer = load_model(arguments)
         chosen, points = calibrate(
@@ -74,10 +78,10 @@ def main():
         print(to_table(points))
         if chosen is None:
             raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
-        settings = {"threshold": None, "steps": None, **chosen.decoding}
-        model.generation_config.update(**settings)
-        model.generation_config.save_pretrained(arguments.model)
         name = number_of(arguments.policy)
+        settings = {"threshold": None, "steps": None, name: chosen.decoding[name]}
+        model.generation_config.update(unmasking=arguments.policy, **settings)
+        model.generation_config.save_pretrained(arguments.model)
         print(
             f"\n{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
         )

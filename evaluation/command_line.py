@@ -3,8 +3,10 @@
 import argparse
 import importlib.util
 import sys
+from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -24,7 +26,7 @@ def find_task(name) -> Task:
     if not path or not Path(path).is_file():
         raise ValueError(f"`task={name!r}` is not allowed: it must be one of {sorted(TASKS)}, or path.py:NAME.")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # a file may import its neighbours
     spec.loader.exec_module(module)
     task = getattr(module, attribute, None)
@@ -47,16 +49,18 @@ def add_data_arguments(parser):
     parser.add_argument("--num-fewshot", type=int, help="examples before each question")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--shard-size", type=int, default=32, help="questions that are saved together")
 
 
 def data_arguments(arguments) -> dict:
-    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size")
+    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size", "shard_size")
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
 def load_model(arguments):
     """A model for decoding, on the device of this process, and its tokenizer."""
-    device = PartialState().device
+    is_gpu = torch.cuda.is_available()
+    device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
     kept = {"trust_remote_code": arguments.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", **kept)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")

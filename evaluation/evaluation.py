@@ -20,6 +20,7 @@ from .sandbox import run_tests
 
 SAMPLES_FILE = "samples.jsonl"
 SECONDS_FILE = "seconds.json"
+WHERE_FILE = "where.json"
 
 
 def evaluate_task(
@@ -33,7 +34,7 @@ def evaluate_task(
     limit=None,
     num_fewshot=None,
     batch_size=16,
-    shard_size=None,
+    shard_size=32,
     **decoding,
 ) -> Measurement:
     """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
@@ -44,15 +45,17 @@ def evaluate_task(
     - `results.json`: a list `measurements` with the one that is returned, as model cards read it;
     - `samples.jsonl`: a line for each question with `example_id`, `prompt`, `response`, `num_forward_passes`,
       `num_tokens` (up to and including the end-of-text) and `correct`;
-    - `seconds.json`: what decoding and judging took, if it was done in one go.
+    - `seconds.json`: what decoding and judging took, the model's check sum included, if it was done in one go;
+    - `where.json`: hardware, date and versions when it began.
 
     Args:
         task (`Task`): see `tasks`.
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): on its device.
         output_dir (`str` or `Path`): of this evaluation alone.
         split, data, limit, num_fewshot: see `Task.questions`.
-        batch_size (`int`): questions in a batch; answers do not depend on it, but for rounding.
-        shard_size (`int`, *optional*): questions that are saved together; by default a batch.
+        batch_size (`int`): questions in a batch. It may change between runs; answers do not depend on it, but for
+            rounding.
+        shard_size (`int`): questions that are saved together.
         decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
             task.
 
@@ -65,13 +68,15 @@ def evaluate_task(
     questions = task.questions(split=split, data=data, limit=limit, num_fewshot=num_fewshot)
     if tokenizer.chat_template is None:
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
+    if batch_size < 1:
+        raise ValueError(f"`batch_size={batch_size!r}` is not allowed: it must be at least 1.")
     settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
     output_dir, start = Path(output_dir), time.perf_counter()
-    is_new = not any((output_dir / "answers").glob("shard-*"))
+    is_new, where = not any((output_dir / "answers").glob("shard-*")), _where_it_began(output_dir)
     rows = generate_trajectories(
         model, tokenizer, questions, output_dir / "answers",
         lambda row: task.is_right(json.loads(row["row"]), row["response"]),
-        batch_size=batch_size, shard_size=shard_size or batch_size, **settings,
+        batch_size=batch_size, shard_size=shard_size, **settings,
     )  # fmt: skip
     taken = time.perf_counter() - start if is_new else None
     passes = rows["num_forward_passes"][:]
@@ -84,7 +89,7 @@ def evaluate_task(
         decoding=decoding,
         accuracy=sum(rows["correct"]) / len(rows),
         **DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens),
-        **here_and_now(),
+        **where,
     )
     if PartialState().is_main_process:
         lines = [
@@ -99,7 +104,18 @@ def evaluate_task(
         write_measurements([measurement], output_dir / RESULTS_FILE)
         if taken is not None:
             (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
+    PartialState().wait_for_everyone()
     return measurement
+
+
+def _where_it_began(output_dir):
+    """`here_and_now()` of the run that began, so that one that goes on, on another day, writes the same."""
+    path, state = output_dir / WHERE_FILE, PartialState()
+    if state.is_main_process and not path.exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(here_and_now()))
+    state.wait_for_everyone()
+    return json.loads(path.read_text())
 
 
 def seconds_of(output_dir) -> float | None:

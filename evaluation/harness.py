@@ -6,7 +6,8 @@ in batches, with any policy.
         --gen_kwargs max_gen_toks=256 --batch_size 16
 
 All arguments are the harness's own; `--model_args` also takes what `generate()` takes. The results have `nfe` and
-`tpf` of each task under `config`.
+`tpf` of each task under `config`: of the requests that the first process decoded, so not of those that it found in the
+harness's cache.
 """
 
 import lm_eval.models  # noqa: F401  (its own models are registered first)
@@ -48,10 +49,8 @@ class DiffusionLM(HFLM):
             self._counts = []
             numbers = [i for i, request in enumerate(requests) if request.task_name == task]
             answers |= zip(numbers, super().generate_until([requests[i] for i in numbers], disable_tqdm), strict=True)
-            gathered = self.gather_object(self._counts) if self.world_size > 1 else [self._counts]
-            if self.rank == 0:
-                passes, tokens = zip(*(pair for counts in gathered for pair in counts), strict=True)
-                self.efficiency[task] = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
+            passes, tokens = zip(*self._counts, strict=True)
+            self.efficiency[task] = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
         return [answers[i] for i in range(len(requests))]
 
     def _model_generate(self, context, max_length, stop, **kwargs):

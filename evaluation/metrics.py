@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import evaluate
 
-from .answers import extract_code, final_number
+from .answers import extract_code, final_number, last_boxed
 from .sandbox import run_tests
 
 TEXT, WHOLE, REAL = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
@@ -25,17 +25,30 @@ def _info(description, features, citation=""):
 
 
 def same_number(prediction, reference) -> bool:
-    """Do both texts end up with the same number (see `answers.final_number`), within a millionth?"""
+    """Do both texts end up with the same number (see `answers.final_number`)? Fractions may be rounded, to within a
+    millionth."""
     number, expected = final_number(prediction), final_number(reference)
-    return number is not None and expected is not None and abs(number - expected) <= max(1, abs(expected)) / 10**6
+    if number is None or expected is None:
+        return False
+    is_whole = number.denominator == expected.denominator == 1
+    return number == expected or (not is_whole and abs(number - expected) <= max(1, abs(expected)) / 10**6)
 
 
 def same_formula(prediction, reference) -> bool:
-    """Do both texts end up with the same expression, as `math-verify` judges it? Call it in the main thread: its time
-    limits are signals."""
+    """Do both texts end up with the same expression, as `math-verify` judges it? A reference may be the expression
+    alone. Call it in the main thread: its time limits are signals.
+
+    Raises:
+        ValueError: for a reference without an expression.
+    """
     from math_verify import parse, verify
 
-    return verify(parse(reference), parse(prediction))
+    if last_boxed(reference) is None and "$" not in reference:
+        reference = f"\\boxed{{{reference}}}"
+    expected = parse(reference)
+    if not expected:
+        raise ValueError(f"`reference={reference!r}` has no expression.")
+    return verify(expected, parse(prediction))
 
 
 class NumericAnswer(evaluate.Metric):

@@ -43,7 +43,7 @@ def parse_grid(words) -> dict[str, list[float]]:
         unmasking, _, values = word.partition("=")
         try:
             kind = int if POLICIES[unmasking].is_scheduled else float
-            grid[unmasking] = [kind(value) for value in values.split(",")]
+            grid.setdefault(unmasking, []).extend(kind(value) for value in values.split(","))
         except (KeyError, ValueError) as error:
             raise ValueError(
                 f"`decoding={word!r}` is not allowed: it must be POLICY=NUMBER,NUMBER,... with a policy of "
@@ -64,14 +64,19 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
     Returns:
         list of `Measurement`, with seconds where a point was decoded in one go.
     """
+    decodings = [
+        {"unmasking": unmasking, number_of(unmasking): value, **({} if cache == "none" else {"block_cache": cache})}
+        for unmasking in grid
+        for cache in caches
+        for value in grid[unmasking]
+    ]
+    for decoding in decodings:
+        model._prepare_generation_config(None, **decoding)  # a wrong one is refused before the first is decoded
     points = []
-    for unmasking, cache in ((unmasking, cache) for unmasking in grid for cache in caches):
-        for value in grid[unmasking]:
-            decoding = {"unmasking": unmasking, number_of(unmasking): value}
-            decoding |= {} if cache == "none" else {"block_cache": cache}
-            folder = Path(output_dir) / "-".join(map(str, decoding.values()))
-            point = evaluate_task(task, model, tokenizer, folder, **arguments, **decoding)
-            points.append(replace(point, seconds=seconds_of(folder)))
+    for decoding in decodings:
+        folder = Path(output_dir) / "-".join(map(str, decoding.values()))
+        point = evaluate_task(task, model, tokenizer, folder, **arguments, **decoding)
+        points.append(replace(point, seconds=seconds_of(folder)))
     return points
 
 
@@ -108,16 +113,17 @@ def to_table(points) -> str:
 
 
 def plot(points, path, title):
-    """A PNG: accuracy against NFE, and against seconds where all points have them; AUP in the legend."""
+    """A PNG: accuracy against NFE, and against seconds, of the points that have them; AUP in the legend."""
     from matplotlib.figure import Figure
 
-    areas, has_seconds = aup(points), all(point.seconds is not None for point in points)
+    areas, has_seconds = aup(points), any(point.seconds is not None for point in points)
     figure = Figure(figsize=(11 if has_seconds else 6, 4.5), layout="constrained")
     panels = figure.subplots(1, 2 if has_seconds else 1, squeeze=False)[0]
     axes_of = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
     for axes, (name, label) in zip(panels, axes_of.items(), strict=False):
         for curve, line in curves(points).items():
-            line = sorted(line, key=lambda point, name=name: getattr(point, name))
+            line = [point for point in line if getattr(point, name) is not None]
+            line.sort(key=lambda point, name=name: getattr(point, name))
             values = [getattr(point, name) for point in line], [100 * point.accuracy for point in line]
             axes.plot(*values, "o-", markersize=4, label=f"{curve}, AUP {areas[curve]:.0f}")
         axes.set(xlabel=label, ylabel="accuracy %", xscale="log")

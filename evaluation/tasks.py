@@ -1,13 +1,15 @@
 """Benchmarks: where their rows come from, how they are asked, and when an answer is right.
 
-Prompts follow the published evaluations of dParallel on LLaDA: GSM8K without examples and with a request to reason and
-to box the answer, HumanEval as an instruction, MBPP with three examples, MATH with four. Examples come from the
-datasets themselves: of MBPP the three that its authors chose; of MATH the first of its training split, where the
-published evaluations have four of Minerva's. Dream was evaluated with lm-eval's own prompts: see `lm_eval`.
+Prompts are those of dParallel's published evaluation of LLaDA (https://github.com/czg1225/dParallel): GSM8K without
+examples and with a request to reason and to box the answer, HumanEval as an instruction, MBPP with three examples,
+MATH with four. Examples come from the datasets themselves: of MBPP the three that its authors chose; of MATH the first of
+its training split, where the published evaluation has four of Minerva's (https://arxiv.org/abs/2206.14858). Dream was
+evaluated with lm-eval's own prompts: see `harness`.
 """
 
 import json
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,24 +81,34 @@ class Task:
             if not path.is_file():
                 source = f"`data={str(data)!r}`" if data else f"{DATA_VARIABLE}={os.environ[DATA_VARIABLE]}"
                 raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
-            rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+            rows = [
+                self._parse(line, path, i) for i, line in enumerate(path.read_text().split("\n"), 1) if line.strip()
+            ]
             if path.name == self.files.get(split) and split in self.keep:
                 rows = [row for row in rows if self.keep[split](row)]
             rows = Dataset.from_list(rows)
         else:
-            rows = concatenate_datasets([load_dataset(self.dataset, subset, split=split) for subset in self.subsets])
+            parts = [load_dataset(self.dataset, subset, split=split) for subset in self.subsets]
+            rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)  # a few are of all
         missing = sorted(set(self.columns) - set(rows.column_names))
         if missing:
             raise ValueError(f"{self.name}: the rows of {path or self.dataset} lack the columns {missing}.")
         return rows
 
+    @staticmethod
+    def _parse(line, path, number):
+        try:
+            return json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
+
     def _local_file(self, split, data):
-        folder = data or os.environ.get(DATA_VARIABLE)
-        if folder is None:
+        folder = Path(data or os.environ.get(DATA_VARIABLE) or "")
+        if not folder.name or (data is None and not folder.is_dir()):
             return None
-        if Path(folder).is_dir():
-            return Path(folder) / self.files[split] if split in self.files else None
-        return Path(folder)
+        if folder.is_dir():
+            return folder / self.files[split] if split in self.files else None
+        return folder
 
     def questions(self, *, split=None, data=None, limit=None, num_fewshot=None) -> Dataset:
         """What is asked: the columns `prompt` (messages of one user) and `row` (JSON).
@@ -116,8 +128,14 @@ class Task:
         if count:
             source = data if data is None or Path(data).is_dir() else None
             examples = self.load(self.example_split, source)
-            chosen = examples.select(range(self.first_example, self.first_example + count))
-            shots = [f"{self.ask(row)}\n{self.solve(row)}" for row in chosen]
+            last = self.first_example + count
+            if last > len(examples):
+                raise ValueError(
+                    f"`num_fewshot={count!r}` is not allowed: there are {len(examples)} rows of examples."
+                )
+            shots = [f"{self.ask(row)}{self.solve(row)}" for row in examples.select(range(self.first_example, last))]
+            if (split or self.split) == self.example_split:
+                rows = rows.select([i for i in range(len(rows)) if not self.first_example <= i < last])
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
         return Dataset.from_list(
             [
@@ -130,12 +148,9 @@ class Task:
         )
 
 
-REASON = "Reason step by step, and put the final answer in \\boxed{}."
-
-
 def _solve_gsm8k(row):
     reasoning, _, number = row["answer"].partition("####")
-    return f"{reasoning.strip()}\nThe answer is \\boxed{{{number.strip()}}}."
+    return f" {reasoning.strip()} The answer is \\boxed{{{number.strip()}}}."
 
 
 GSM8K = Task(
@@ -144,7 +159,10 @@ GSM8K = Task(
     subsets=("main",),
     files={"test": "gsm8k_test.jsonl", "train": "gsm8k_train.jsonl"},
     columns=("question", "answer"),
-    ask=lambda row: f"{row['question']}\n{REASON}",
+    ask=lambda row: (
+        f"Question: {row['question']}\nAnswer: Please reason step by step, and put your final answer within "
+        "\\boxed{}."
+    ),
     solve=_solve_gsm8k,
     is_right=lambda row, text: same_number(text, row["answer"]),
 )
@@ -154,15 +172,17 @@ MATH = Task(
     subsets=MATH_SUBJECTS,
     files={"test": "math_test.jsonl", "train": "math_train.jsonl"},
     columns=("problem", "solution"),
-    ask=lambda row: f"{row['problem']}\n{REASON}",
-    solve=lambda row: row["solution"],
+    ask=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
+    solve=lambda row: f" {row['solution']}",
     is_right=lambda row, text: same_formula(text, f"\\boxed{{{last_boxed(row['solution'])}}}"),
     num_fewshot=4,
 )
 
 
 def _is_right_mbpp(row, text):
-    return run_tests(extract_code(text), "\n".join([row["test_setup_code"], *row["test_list"]])).passed
+    called = re.search(r"\b(\w+)\(", row["test_list"][0].removeprefix("assert"))
+    program = extract_code(text, called and called[1])
+    return run_tests(program, "\n".join([row["test_setup_code"], *row["test_list"]])).passed
 
 
 MBPP = Task(
@@ -179,9 +199,9 @@ MBPP = Task(
     columns=("text", "code", "test_list", "test_setup_code"),
     ask=lambda row: (
         f"You are an expert Python programmer, and here is your task: {row['text']} Your code should pass these "
-        "tests:\n\n" + "\n".join(row["test_list"])
+        "tests:\n\n" + "\n".join(row["test_list"]) + "\n[BEGIN]\n"
     ),
-    solve=lambda row: f"[BEGIN]\n{row['code']}\n[DONE]",
+    solve=lambda row: f"{row['code']}\n[DONE]",
     is_right=_is_right_mbpp,
     example_split="prompt",
     first_example=1,
@@ -194,7 +214,8 @@ def _is_right_humaneval(row, text):
     name = row["entry_point"]
     program = extract_code(text, name)
     head = row["prompt"].split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
-    program = (head if f"def {name}" in program else row["prompt"]) + program  # it may be the body alone
+    is_whole = re.search(rf"^def {name}\b", program, re.MULTILINE)  # or the body alone
+    program = (head if is_whole else row["prompt"]) + program
     return run_tests(program, f"{head}\n{row['test']}\ncheck({name})").passed  # helpers of the tests' own
 
 
@@ -204,8 +225,8 @@ HUMANEVAL = Task(
     files={"test": "humaneval.jsonl"},
     columns=("prompt", "entry_point", "test"),
     ask=lambda row: (
-        f"Complete this Python function. Answer with the whole function in a code block.\n\n"
-        f"```python\n{row['prompt'].rstrip()}\n```"
+        "Write a solution to the following problem and make sure that it passes the tests:\n"
+        f"```python\n{row['prompt']}\n```\n "
     ),
     is_right=_is_right_humaneval,
     runs_code=True,

@@ -11,5 +11,7 @@ import sys
 from dparallel.hub_cards import push_model
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     source, repo_id = sys.argv[1:]
     print(push_model(source, repo_id).commit_url)

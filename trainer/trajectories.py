@@ -134,19 +134,20 @@ def generate_trajectories(
         job["unmasking_filter"] = model_digest(model.unmasking_filter)
     answers = map_in_shards(decode_shard, prompts, output_dir, job, shard_size, desc="Decoding", describe=describe)
     dataset = concatenate_datasets([prompts.remove_columns("input_ids"), answers], axis=1)
-    correct = [None] * len(dataset) if judge is None else _judge_all(is_right, dataset)
+    correct = [None] * len(dataset) if judge is None else _judge_all(is_right, verdicts, dataset)
     dataset = dataset.add_column("correct", correct, feature=Value("bool"))
     dataset = dataset.add_column("seed", [seed] * len(dataset))
     return dataset.add_column("settings", [json.dumps(settings)] * len(dataset))
 
 
-def _judge_all(is_right, dataset):
-    """Each process judges its part, or knows already; all get all verdicts."""
+def _judge_all(is_right, verdicts, dataset):
+    """The verdicts on all rows: each process has judged what it decoded, and takes its part of what was there."""
     state = PartialState()
-    part = range(state.process_index, len(dataset), state.num_processes)
-    progress = tqdm(part, desc="Judging", leave=False, disable=not state.is_main_process)
-    own = [(i, is_right(dataset[i])) for i in progress]
-    return [verdict for _, verdict in sorted(gather_object(own))]
+    known = dict(gather_object(list(verdicts.items())))
+    unknown = [i for i in range(len(dataset)) if i not in known][state.process_index :: state.num_processes]
+    progress = tqdm(unknown, desc="Judging", leave=False, disable=not state.is_main_process)
+    known |= dict(gather_object([(i, is_right(dataset[i])) for i in progress]))
+    return [known[i] for i in range(len(dataset))]
 
 
 def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
@@ -191,9 +192,15 @@ def rows_digest(dataset) -> str:
 
 
 def model_digest(model) -> str:
-    """A hash of all weights and of the configuration."""
+    """A hash of all weights and of the configuration, adapters' included."""
     ignored = ("_name_or_path", "transformers_version")
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in ignored}
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():  # such as its scaling
+        settings = {key: value for key, value in adapter.to_dict().items() if key != "base_model_name_or_path"}
+        config[f"adapter {name}"] = {
+            key: sorted(map(str, value)) if isinstance(value, (set, list, tuple)) else str(value)
+            for key, value in settings.items()
+        }
     digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())

@@ -25,6 +25,14 @@ from dparallel.evaluation.metrics import same_formula, same_number
         ("= -$5.", "-5"),
         ("half of it, 18%", "18"),
         ("3 1/2 cups", "7/2"),
+        (r"\boxed{3\frac{1}{2}}", "7/2"),
+        (r"-\frac12", "-1/2"),
+        (r"\boxed{10\text{ cm}^2}", "10"),
+        (r"\boxed{90^\circ}", "90"),
+        (r"\boxed 7 or \fbox{8}", "8"),
+        ("The answer:\n- 18 eggs", "18"),
+        ("it is -4", "-4"),
+        ("1 - 3/4", "3/4"),
         ("1/8 of it", "1/8"),
         (".5 or 70.", "70"),
         (r"\$1{,}000", "1000"),
@@ -41,11 +49,15 @@ def test_final_number(text, number):
 def test_same_number_allows_rounding_only():
     assert same_number("0.3333333333", "1/3") and not same_number("0.333", "1/3")
     assert same_number("1000000", "1,000,000") and not same_number("1000002", "1,000,000")
-    assert not same_number("none", "none")
+    assert not same_number("1000001", "1000000") and not same_number("none", "none")
+    assert not same_number("9" * 5000, "9")
 
 
 def test_formulas_are_compared_as_formulas():
     assert same_formula(r"thus \boxed{\frac{\sqrt{2}}{2}}", r"\boxed{\frac{1}{\sqrt{2}}}")
+    assert same_formula(r"\boxed{\sqrt{2}}", r"\sqrt{2}"), "a reference may be the expression alone"
+    with pytest.raises(ValueError, match="has no expression"):
+        same_formula(r"\boxed{1}", "")
     assert same_formula(r"\boxed{(x+1)(x-1)}", r"\boxed{x^2-1}") and not same_formula(r"\boxed{x}", r"\boxed{y}")
 
 
@@ -64,6 +76,11 @@ def test_every_answer_of_gsm8k_is_read():
         ("```\nx = 1\n```\n```py\ndef f(): pass\n```", "f", "def f(): pass"),
         ("```python\nx = 1\n```", "f", "x = 1"),
         ("```python\ndef f():\n    return 1", "f", "def f():\n    return 1"),  # cut off
+        ("def f(): pass\n```", "f", "def f(): pass"),
+        ("```bash\npip install x\n```\n```Python3\r\ndef f(): pass\r\n```", None, "def f(): pass"),
+        ("1. so\n   ```python\n   def f():\n       pass```", "f", "def f():\n    pass"),
+        ("```\nassert f()\n```\n```\ndef f(): pass\n```", "f", "def f(): pass"),
+        ("[BEGIN]\ndef f(): pass\n[DONE]\n[BEGIN]\ndef g(): pass\n```python\nf()\n```", "f", "def f(): pass"),
         ("[BEGIN]\ndef f(): pass\n[DONE]\nand more", None, "def f(): pass"),
         ("\ndef f(): pass\n", None, "def f(): pass"),
     ],

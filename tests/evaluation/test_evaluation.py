@@ -89,7 +89,7 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
     write_lines(
         questions, [{**row, "question": f"{i + 2} birds. {row['question']}"} for i in range(5) for row in QUESTIONS]
     )
-    arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 24, "--batch-size", 2,
+    arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 24, "--shard-size", 2,
                  "--policy", "confidence", "--output-dir"]  # fmt: skip
     code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "whole")
     assert code == 0, err
@@ -107,17 +107,17 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
 
 
 def test_two_processes(questions, tmp_path):
-    arguments = ["--model", STUDENT, "--data", questions, "--max-new-tokens", 32, "--batch-size", 1, "--output-dir"]
+    arguments = ["--model", STUDENT, "--data", questions, "--max-new-tokens", 32, "--shard-size", 1, "--output-dir"]
     code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "one")
     assert code == 0, err
-    launch = "-m accelerate.commands.launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
-    command = [sys.executable, *launch, "--dynamo_backend", "no", EXAMPLES / "gsm8k/evaluate_gsm8k.py", *arguments]
+    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
+    command = [sys.executable, *launch, EXAMPLES / "gsm8k/evaluate_gsm8k.py", *arguments]
     result = subprocess.run(
         [*map(str, command), tmp_path / "two"], capture_output=True, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("| GSM8K, 3 |") == 1
+    assert result.stdout.count("| GSM8K, 3 |") == 1, "two processes that know of each other"
     for name in ("results.json", "samples.jsonl"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
@@ -193,8 +193,11 @@ def test_examples_come_before_the_question(tmp_path):
     write_lines(tmp_path / "gsm8k_test.jsonl", QUESTIONS[2:])
     asked = GSM8K.questions(data=tmp_path, num_fewshot=2)[0]["prompt"][0]["content"]
     first, second, question = asked.split("\n\n")
-    assert first.startswith("Nora has 12") and first.endswith("12 + 8\nThe answer is \\boxed{20}.")
-    assert second.startswith("Sam has 9") and question == GSM8K.ask(QUESTIONS[2])
+    assert first.startswith("Question: Nora has 12") and first.endswith("{}. 12 + 8 The answer is \\boxed{20}.")
+    assert second.startswith("Question: Sam has 9") and question == GSM8K.ask(QUESTIONS[2])
+    assert len(GSM8K.questions(split="train", data=tmp_path, num_fewshot=1)) == 1, "an example is no question"
+    with pytest.raises(ValueError, match=r"`num_fewshot=3` is not allowed: there are 2 rows of examples"):
+        GSM8K.questions(data=tmp_path, num_fewshot=3)
     write_lines(tmp_path / "mbpp.jsonl", [{**PROGRAM, "task_id": i} for i in (1, 2, 3, 11, 510, 511, 600, 974)])
     assert [len(MBPP.load(split, tmp_path)) for split in ("prompt", "test", "validation", "train")] == [3, 2, 2, 1]
 
@@ -211,6 +214,28 @@ def test_wrong_arguments(word_model, word_tokenizer, questions, tmp_path, settin
     with pytest.raises(ValueError, match=message):
         evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path / "out", **{"data": questions, **settings})
     assert not (tmp_path / "out").exists()
+
+
+def test_the_variable_names_a_folder(questions, tmp_path, monkeypatch):
+    write_lines(tmp_path / "gsm8k_test.jsonl", QUESTIONS[:2])
+    monkeypatch.setenv("DPARALLEL_DATA", str(tmp_path))
+    assert len(GSM8K.load()) == 2
+    questions.write_text(questions.read_text() + "no JSON\n")
+    with pytest.raises(ValueError, match=r"Line 4 of .*questions.jsonl is no JSON"):
+        GSM8K.load(data=questions)
+
+
+def test_a_smaller_batch_goes_on_and_another_day_changes_nothing(
+    word_model, word_tokenizer, questions, tmp_path, monkeypatch
+):
+    arguments = {"data": questions, "max_new_tokens": 16, "unmasking": "confidence", "steps": 4}
+    evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, **arguments)
+    before = [(tmp_path / name).read_bytes() for name in ("results.json", "samples.jsonl")]
+    monkeypatch.setattr("dparallel.evaluation.evaluation.here_and_now", lambda: {"date": "2030-01-01"})
+    evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, batch_size=1, **arguments)
+    assert [(tmp_path / name).read_bytes() for name in ("results.json", "samples.jsonl")] == before
+    with pytest.raises(ValueError, match=r"`batch_size=0` is not allowed: it must be at least 1"):
+        evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, batch_size=0, **arguments)
 
 
 def test_rows_of_another_benchmark(questions):

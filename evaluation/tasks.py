@@ -2,9 +2,9 @@
 
 Prompts are those of dParallel's published evaluation of LLaDA (https://github.com/czg1225/dParallel): GSM8K without
 examples and with a request to reason and to box the answer, HumanEval as an instruction, MBPP with three examples,
-MATH with four. Examples come from the datasets themselves: of MBPP the three that its authors chose; of MATH the first of
-its training split, where the published evaluation has four of Minerva's (https://arxiv.org/abs/2206.14858). Dream was
-evaluated with lm-eval's own prompts: see `harness`.
+MATH with four. Examples come from the datasets themselves: of MBPP the three that its authors chose; of MATH the first
+of its training split, where the published evaluation has four of Minerva's (https://arxiv.org/abs/2206.14858). Dream
+was evaluated with lm-eval's own prompts: see `harness`.
 """
 
 import json

@@ -59,37 +59,26 @@ def test_a_sweep(tmp_path):
 
 def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "model")
-    flags = [
-        "--task",
-        TASK,
-        "--split",
-        "validation",
-        "--model",
-        tmp_path / "model",
-        "--limit",
-        2,
-        "--margin",
-        0,
-        "--max-new-tokens",
-        64,
-    ]
-    flags += ["--output-dir", tmp_path / "out", "--bar", 1, "--thresholds", 0.1, 30]
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 100}))
+    flags = "--split validation --limit 2 --max-new-tokens 128 --margin 0 --bar 1 --thresholds 0.1 30".split()
+    flags += ["--task", TASK, "--model", tmp_path / "model", "--output-dir", tmp_path / "out"]
     result = run("calibrate", *flags)
     assert result.returncode == 0, result.stderr
-    config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
+    config = json.loads(path.read_text())
     assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
-    assert config["max_new_tokens"] == 128, "the rest stays"
+    assert config["max_new_tokens"] == 100, "the rest stays"
     result = run("calibrate", *flags, "--thresholds", 30)
     assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
 
 
 def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
     task = find_task(TASK)
-    arguments = {"limit": 2, "max_new_tokens": 64}
+    arguments = {"limit": 2}
     chosen, points = calibration.calibrate(
         task, word_model, word_tokenizer, tmp_path, "confidence_threshold", [0.9], **arguments
     )
-    assert points[0].decoding == {"unmasking": "confidence", "steps": 64, "max_new_tokens": 64}
+    assert points[0].decoding == {"unmasking": "confidence", "steps": 128}
     assert points[0].nfe > 2 * points[1].nfe and points[0].accuracy == 1 and chosen == points[1]
     for wrong in ({"margin": 1.5}, {"bar": -1}):
         with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}=.* is not allowed: it must be from 0 to 1"):

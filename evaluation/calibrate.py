@@ -11,7 +11,9 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, run
+from dparallel.hub_cards.command_line import plain_errors
+
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
 from .evaluation import evaluate_task
 from .sweep import DEFAULT_GRID, fastest, number_of, sweep, to_table
 
@@ -60,7 +62,7 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("runs/calibration"))
     arguments = parser.parse_args()
 
-    def command():
+    with plain_errors(ValueError, OSError):
         if arguments.adapter or not (Path(arguments.model) / "config.json").exists():
             wrong = f"adapter={arguments.adapter!r}" if arguments.adapter else f"model={arguments.model!r}"
             raise ValueError(
@@ -85,8 +87,6 @@ def main():
         print(
             f"\n{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
         )
-
-    run(command)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,22 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dparallel.hub_cards.command_line import plain_errors
 from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
 
 from .evaluation import evaluate_task
 from .tasks import TASKS, Task
 
 HEADER = "| task | model | decoding | NFE | TPF | accuracy % |\n" + "| --- " * 6 + "|"
+
+
+def load_from_file(path, name):
+    """What a Python file calls `name`; None if it has no such thing."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    sys.path.insert(0, str(Path(path).parent))  # a file may import its neighbours
+    spec.loader.exec_module(module)
+    return getattr(module, name, None)
 
 
 def find_task(name) -> Task:
@@ -25,11 +35,7 @@ def find_task(name) -> Task:
     path, _, attribute = name.rpartition(":")
     if not path or not Path(path).is_file():
         raise ValueError(f"`task={name!r}` is not allowed: it must be one of {sorted(TASKS)}, or path.py:NAME.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(Path(path).parent))  # a file may import its neighbours
-    spec.loader.exec_module(module)
-    task = getattr(module, attribute, None)
+    task = load_from_file(path, attribute)
     if not isinstance(task, Task):
         raise ValueError(f"`task={name!r}` is not allowed: {path} has no Task of the name {attribute!r}.")
     return task
@@ -77,14 +83,6 @@ def table_row(measurement, model) -> str:
     )
 
 
-def run(command, *arguments):
-    """A command's main function, with errors that are the user's in a line instead of a traceback."""
-    try:
-        command(*arguments)
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
 def evaluate_from_command_line(task):
     """All that a benchmark's script does.
 
@@ -108,11 +106,9 @@ def evaluate_from_command_line(task):
     names = [action.dest for action in decoding._group_actions]
     settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
-    def command():
+    with plain_errors(ValueError, OSError):
         model, tokenizer = load_model(arguments)
         result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data_arguments(arguments), **settings)
-        if PartialState().is_main_process:
-            print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
-            print(f"In {arguments.output_dir}: results.json and samples.jsonl.")
-
-    run(command)
+    if PartialState().is_main_process:
+        print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
+        print(f"In {arguments.output_dir}: results.json and samples.jsonl.")

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from accelerate import PartialState
 
+from dparallel.hub_cards.command_line import plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.modeling import POLICIES
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, run
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
 from .evaluation import evaluate_task, seconds_of, write_measurements
 from .metrics import accuracy_under_parallelism
 
@@ -146,7 +147,7 @@ def main():
     parser.add_argument("--output-dir", type=Path, default=Path("runs/sweep"))
     arguments = parser.parse_args()
 
-    def command():
+    with plain_errors(ValueError, OSError):
         grid = parse_grid(arguments.decoding) if arguments.decoding else DEFAULT_GRID
         task = find_task(arguments.task)
         model, tokenizer = load_model(arguments)
@@ -163,8 +164,6 @@ def main():
         (folder / "sweep.md").write_text(report)
         plot(points, folder / "sweep.png", title)
         print(report)
-
-    run(command)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_trajectories/dataset")` has the result.
 """
 
-import importlib.util
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +17,7 @@ from datasets import load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
+from dparallel.evaluation.command_line import load_from_file
 from dparallel.trainer import generate_trajectories
 
 
@@ -58,12 +58,10 @@ def load_judge(name):
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise ValueError(f"`judge={name!r}` must be file.py:function, but there is no file {path!r}.")
-    spec = importlib.util.spec_from_file_location("judge", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not callable(getattr(module, function, None)):
+    judge = load_from_file(path, function)
+    if not callable(judge):
         raise ValueError(f"`judge={name!r}`: {path} has no function {function!r}.")
-    return getattr(module, function)
+    return judge
 
 
 def init_kwargs(model_arguments):

@@ -1,6 +1,16 @@
-"""What the commands that push have in common."""
+"""What commands have in common."""
 
 import sys
+from contextlib import contextmanager
+
+
+@contextmanager
+def plain_errors(*kinds):
+    """Errors that are the user's: a line instead of a traceback."""
+    try:
+        yield
+    except kinds as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def add_push_arguments(parser):
@@ -14,9 +24,7 @@ def add_push_arguments(parser):
 
 def run_push(push, arguments):
     """Call it with parsed arguments, and say what came of it."""
-    try:
+    with plain_errors(ValueError, PermissionError, RuntimeError):
         commit = push(**arguments)
-    except (ValueError, PermissionError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
     if commit is not None:
         print(commit.pr_url or commit.commit_url)

@@ -94,8 +94,6 @@ def generate_trajectories(
     passes = []
 
     def is_right(row):
-        if row["example_id"] in verdicts:
-            return verdicts[row["example_id"]]
         try:
             answer = judge(row)
         except Exception as error:
@@ -105,7 +103,6 @@ def generate_trajectories(
             ) from error
         if answer is None:
             raise ValueError(f"`judge` returned None for example {row['example_id']}: it must return True or False.")
-        verdicts[row["example_id"]] = bool(answer)
         return bool(answer)
 
     def describe(rows):
@@ -126,7 +123,7 @@ def generate_trajectories(
                 rows[i] = {"example_id": number * shard_size + i, **answer}
         if judge is not None:  # here, so that one that fails does so now, and not after hours
             for item, row in zip(shard, rows, strict=True):
-                is_right({**item, **row})
+                verdicts[row["example_id"]] = is_right({**item, **row})
         return rows
 
     job = {"model": model_digest(model), "prompts": rows_digest(prompts), "seed": seed, "generate": resolved}

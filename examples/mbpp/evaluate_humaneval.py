@@ -1,4 +1,4 @@
-"""Accuracy and forward passes of a model on HUMANEVAL, on one process or many.
+"""Accuracy and forward passes of a model on HumanEval, on one process or many.
 
     export HF_ALLOW_CODE_EVAL=1   # programs that a model wrote are run, in a sandbox
     accelerate launch examples/mbpp/evaluate_humaneval.py --model user/repo --policy entropy_threshold --threshold 0.5

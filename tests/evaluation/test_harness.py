@@ -8,7 +8,7 @@ import sys
 import lm_eval
 import pytest
 import torch
-from golden import STUDENT
+from golden import CHECKPOINT, STUDENT
 from lm_eval.tasks import TaskManager
 from rows import QUESTIONS
 
@@ -48,6 +48,13 @@ def evaluate(model, folder, task="word_problems", **arguments):
     return lm_eval.simple_evaluate(
         model, tasks=[task], task_manager=manager, apply_chat_template=True, bootstrap_iters=0, **arguments
     )
+
+
+def test_the_harness_own_model(tasks):
+    """`lm_eval --model hf`, unmodified."""
+    arguments = {"pretrained": str(CHECKPOINT), "trust_remote_code": True, "dtype": "float32"}
+    results = evaluate("hf", tasks, model_args=arguments, batch_size=3, device="cpu")
+    assert results["results"]["word_problems"]["exact_match,answer"] == 1.0
 
 
 def test_policies_and_batches(tasks, word_model, word_tokenizer):

@@ -1,4 +1,4 @@
-"""The model in the box through what users have: remote code, pipelines, streamers, lm-evaluation-harness."""
+"""The model in the box through what users have: remote code, pipelines, streamers."""
 
 import itertools
 import json
@@ -201,41 +201,6 @@ def test_stop_strings_cut_inside_a_block(reader, word_tokenizer, inputs):
         assert (output[length:] == word_tokenizer.pad_token_id).all()
     with pytest.raises(ValueError, match="tokenizer"):
         reader.generate(**inputs, stop_strings=["="])
-
-
-def test_lm_evaluation_harness(word_model, word_tokenizer, tmp_path):
-    """`lm_eval --model hf`, unmodified, on a generation task over a local file."""
-    lm_eval = pytest.importorskip("lm_eval")
-    questions = [QUESTION, QUESTION.replace("12", "15"), "Sam has 9 books. Sam loses 4 books. How many are there now?"]
-    rows = [
-        {"question": question, "answer": answer} for question, answer in zip(questions, "20 23 5".split(), strict=True)
-    ]
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "word_problems.yaml").write_text(f"""
-task: word_problems
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}
-test_split: test
-output_type: generate_until
-doc_to_text: "{{{{question}}}}"
-doc_to_target: "{{{{answer}}}}"
-generation_kwargs: {{until: ["<|endoftext|>"], do_sample: false, max_gen_toks: 128}}
-filter_list:
-  - name: answer
-    filter: [{{function: regex, regex_pattern: "The answer is ([0-9]+)"}}, {{function: take_first}}]
-metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}]
-""")
-    results = lm_eval.simple_evaluate(
-        model="hf",
-        model_args={"pretrained": str(CHECKPOINT), "trust_remote_code": True, "dtype": "float32"},
-        tasks=["word_problems"],
-        task_manager=lm_eval.tasks.TaskManager(include_path=str(tmp_path), include_defaults=False),
-        batch_size=3,
-        device="cpu",
-        apply_chat_template=True,
-        bootstrap_iters=0,
-    )
-    assert results["results"]["word_problems"]["exact_match,answer"] == 1.0
 
 
 def test_loading_with_a_generation_config_of_ones_own(family):

@@ -54,7 +54,7 @@ def add_data_arguments(parser):
     parser.add_argument("--limit", type=int, help="the first so many questions")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="at most --shard-size")
     parser.add_argument("--shard-size", type=int, default=32, help="questions that are saved together")
 
 

@@ -53,8 +53,8 @@ def evaluate_task(
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): on its device.
         output_dir (`str` or `Path`): of this evaluation alone.
         split, data, limit, num_fewshot: see `Task.questions`.
-        batch_size (`int`): questions in a batch. It may change between runs; answers do not depend on it, but for
-            rounding.
+        batch_size (`int`): questions in a batch, of one shard. It may change between runs; answers do not depend on
+            it, but for rounding.
         shard_size (`int`): questions that are saved together.
         decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
             task.
@@ -124,10 +124,19 @@ def seconds_of(output_dir) -> float | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
+def verdicts_of(output_dir) -> list[bool]:
+    """Which of its questions an evaluation has right."""
+    return [json.loads(line)["correct"] for line in (Path(output_dir) / SAMPLES_FILE).read_text().splitlines()]
+
+
+def to_entries(measurements) -> list[dict]:
+    """Measurements for JSON, without what is not known."""
+    return [{name: value for name, value in asdict(each).items() if value is not None} for each in measurements]
+
+
 def write_measurements(measurements, path):
-    """A results file, without what is not known."""
-    entries = [{name: value for name, value in asdict(each).items() if value is not None} for each in measurements]
-    Path(path).write_text(json.dumps({"measurements": entries}, indent=1) + "\n")
+    """A results file."""
+    Path(path).write_text(json.dumps({"measurements": to_entries(measurements)}, indent=1) + "\n")
 
 
 def here_and_now() -> dict:

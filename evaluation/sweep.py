@@ -76,7 +76,7 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
     points = []
     for decoding in decodings:
         folder = Path(output_dir) / "-".join(map(str, decoding.values()))
-        point = evaluate_task(task, model, tokenizer, folder, **arguments, **decoding)
+        point = evaluate_task(task, model, tokenizer, folder, **decoding, **arguments)
         points.append(replace(point, seconds=seconds_of(folder)))
     return points
 
@@ -84,19 +84,19 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
 def curves(points) -> dict[str, list]:
     """Points by policy and cache, the fastest first."""
     found = {}
-    for point in sorted(points, key=lambda point: point.nfe):
+    for point in points:
         label = point.decoding["unmasking"].replace("_", " ")
         cache = point.decoding.get("block_cache")
         found.setdefault(f"{label}, {cache} cache" if cache else label, []).append(point)
-    return found
+    return {label: sorted(line, key=lambda point: point.nfe) for label, line in found.items()}
 
 
-def aup(points) -> dict[str, float]:
-    """AUP of each curve; the best accuracy is that of all points."""
-    best = 100 * max(point.accuracy for point in points)
+def aup(lines) -> dict[str, float]:
+    """AUP of each curve, by its name; the best accuracy is that of all points."""
+    best = 100 * max(point.accuracy for line in lines.values() for point in line)
     return {
         label: accuracy_under_parallelism([p.tpf for p in line], [100 * p.accuracy for p in line], best)
-        for label, line in curves(points).items()
+        for label, line in lines.items()
     }
 
 
@@ -113,21 +113,34 @@ def to_table(points) -> str:
     return "\n".join(rows)
 
 
-def plot(points, path, title):
-    """A PNG: accuracy against NFE, and against seconds, of the points that have them; AUP in the legend."""
+def plot(lines, path, title, bar=None):
+    """A PNG: accuracy against NFE, and against seconds if all points have them; AUP in the legend.
+
+    Args:
+        lines (`dict[str, list[Measurement]]`): the points of each curve, by its name.
+        bar (`float`, *optional*): an accuracy that is marked.
+    """
+    from cycler import cycler
     from matplotlib.figure import Figure
 
-    areas, has_seconds = aup(points), any(point.seconds is not None for point in points)
-    figure = Figure(figsize=(11 if has_seconds else 6, 4.5), layout="constrained")
-    panels = figure.subplots(1, 2 if has_seconds else 1, squeeze=False)[0]
-    axes_of = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
-    for axes, (name, label) in zip(panels, axes_of.items(), strict=False):
-        for curve, line in curves(points).items():
-            line = [point for point in line if getattr(point, name) is not None]
-            line.sort(key=lambda point, name=name: getattr(point, name))
+    areas, points = aup(lines), [point for line in lines.values() for point in line]
+    shown = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
+    if any(point.seconds is None for point in points):
+        del shown["seconds"]
+    best = 100 * max(point.accuracy for point in points)
+    figure = Figure(figsize=(5.5 * len(shown), 4.5) if len(shown) > 1 else (8, 5), layout="constrained")
+    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axes, (name, label) in zip(panels, shown.items(), strict=True):
+        axes.set_prop_cycle(
+            cycler(linestyle=["-", "--", ":"]) * cycler(color=["tab:blue", "tab:orange", "tab:green", "tab:red"])
+        )
+        for curve, line in lines.items():
             values = [getattr(point, name) for point in line], [100 * point.accuracy for point in line]
-            axes.plot(*values, "o-", markersize=4, label=f"{curve}, AUP {areas[curve]:.0f}")
+            axes.plot(*values, marker="o", markersize=4, label=f"{curve}, AUP {areas[curve]:.0f}")
+        if bar is not None:
+            axes.axhline(100 * bar, color="0.5", linewidth=0.8, linestyle=":")
         axes.set(xlabel=label, ylabel="accuracy %", xscale="log")
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], best - 40))  # what is further below would press the rest together
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
@@ -158,11 +171,12 @@ def main():
         first = points[0]
         where = f"{first.hardware}, {first.date}"
         title = f"{Path(arguments.model).name}, {first.task}, {first.num_examples} examples, {where}"
-        areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(points).items())
+        lines = curves(points)
+        areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(lines).items())
         report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"
         write_measurements(points, folder / RESULTS_FILE)
         (folder / "sweep.md").write_text(report)
-        plot(points, folder / "sweep.png", title)
+        plot(lines, folder / "sweep.png", title)
         print(report)
 
 

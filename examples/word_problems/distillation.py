@@ -20,16 +20,21 @@ import json
 import statistics
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from datasets import Dataset
-from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct, to_conversation
-from solving import ANSWER_LENGTH, evaluate, paired_difference
+from evaluate_word_problems import WORD_PROBLEMS
+from problems import NUM_TEST_PROBLEMS, is_correct, to_conversation
+from solving import ANSWER_LENGTH, paired_difference
 from train import generated_dataset
 from transformers import AutoTokenizer
 
-from dparallel.evaluation import here_and_now
+from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
+from dparallel.evaluation.sweep import fastest, plot, sweep
+from dparallel.hub_cards import Measurement
+from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.resumable_shards import map_in_shards
@@ -37,7 +42,6 @@ from dparallel.trainer.trajectories import model_digest
 
 TEACHER = Path(__file__).parent / "checkpoint"
 PROMPT_SEED = 7  # of the first round's problems
-VALIDATION_SEED = 123
 ALLOWED_LOSS = 0.01  # of accuracy, against one token a step
 
 # Block-wise masks as dParallel draws them, but with the ratio drawn for each example instead of 1/2: with half of a
@@ -63,22 +67,17 @@ WHOLE_METHOD = "both losses"
 WITH_ROUNDS, FIRST_SEED = ("trajectory loss only", WHOLE_METHOD), 0  # which students become teachers
 
 
-def sweep(unmasking, name, values):
-    return [{"unmasking": unmasking, name: value} for value in values]
-
-
+TEACHER_GRID = {
+    "confidence": [ANSWER_LENGTH, 96, 64, 32, 16],
+    "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
+    "entropy_threshold": [0.1, 0.3, 0.5, 0.6, 0.7],
+    "entropy_bound": [0.1, 0.2, 0.4, 0.8],
+}
 ONE_TOKEN = {"unmasking": "confidence", "steps": ANSWER_LENGTH}
-TEACHER_DECODINGS = [
-    ONE_TOKEN,
-    *sweep("confidence", "steps", [96, 64, 32, 16]),
-    *sweep("confidence_threshold", "threshold", [0.7, 0.8, 0.9, 0.95]),
-    *sweep("entropy_threshold", "threshold", [0.1, 0.3, 0.5, 0.6, 0.7]),
-    *sweep("entropy_bound", "threshold", [0.1, 0.2, 0.4, 0.8]),
-]
-STUDENT_DECODINGS = [
-    *sweep("entropy_threshold", "threshold", [0.05, 0.1, 0.2, 0.3, 0.5]),
-    *sweep("entropy_bound", "threshold", [0.05, 0.1, 0.2, 0.4]),
-]
+STUDENT_GRID = {
+    "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.5],
+    "entropy_bound": [0.05, 0.1, 0.2, 0.4],
+}
 
 
 def judge(row):
@@ -169,55 +168,21 @@ def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
     return time.time() - start
 
 
-def measure(path, decodings, problems, tokenizer, folder, **settings):
-    """One row for each decoding: NFE, TPF, seconds, which problems were solved, where and when."""
-    model = load(path)
-
-    def compute(number, cells):
-        rows = []
-        for cell in cells:
-            result = evaluate(model, tokenizer, problems, folder.name, 1024, **cell, **settings)
-            row = {name: getattr(result, name) for name in ("nfe", "tpf", "seconds", "accuracy", "correct")}
-            rows.append({"decoding": json.dumps(cell), **row, **here_and_now()})
-        return rows
-
-    job = {"model": model_digest(model), "decodings": decodings, "problems": len(problems), "settings": settings}
-    return map_in_shards(compute, decodings, folder, job, shard_size=1, desc=folder.name)
-
-
-def brief(row):
-    """A row as the results hold it: without the list of problems."""
-    kept = {name: value for name, value in row.items() if name not in ("decoding", "correct")}
-    return {"decoding": json.loads(row["decoding"]), "problems": len(row["correct"]), **kept}
-
-
-def to_measurement(row):
-    """A row of `chosen` as the student's card shows it (`dparallel.hub_cards.Measurement`)."""
-    kept = {name: row[name] for name in ("accuracy", "nfe", "tpf", "seconds", "hardware", "date", "versions")}
-    return {
-        "task": "Word problems",
-        "dataset": "word-problems",
-        "split": "test",
-        "num_examples": row["problems"],
-        "decoding": {**row["decoding"], "stop_at_eos": row["stop_at_eos"]},
-        "model": None if row["model"] == "student" else row["model"],
-        **kept,
-    }
-
-
-def curve(rows, unmasking):
-    """(NFE, accuracy) of the decodings by one policy, the fastest first."""
-    return sorted((row["nfe"], row["accuracy"]) for row in rows if row["decoding"]["unmasking"] == unmasking)
+def of_policy(points, unmasking):
+    """The fastest first."""
+    points = [point for point in points if point.decoding["unmasking"] == unmasking]
+    return sorted(points, key=lambda point: point.nfe)
 
 
 def nfe_at(points, accuracy):
     """The fewest passes that reach an accuracy, interpolated between neighbours of a curve, and whether it may be less
     (the curve begins above); None if none does."""
-    if points[0][1] >= accuracy:
-        return points[0][0], True
-    for (nfe, value), (slower, better) in itertools.pairwise(points):
-        if better >= accuracy:
-            return nfe + (accuracy - value) / (better - value) * (slower - nfe), False
+    if points[0].accuracy >= accuracy:
+        return points[0].nfe, True
+    for fast, slow in itertools.pairwise(points):
+        if slow.accuracy >= accuracy:
+            share = (accuracy - fast.accuracy) / (slow.accuracy - fast.accuracy)
+            return fast.nfe + share * (slow.nfe - fast.nfe), False
     return None
 
 
@@ -233,79 +198,57 @@ def spread(results):
 
 def report(results, folder):
     """Tables as Markdown, and the plot, from what is in `distillation.json`."""
-    teacher, students = results["teacher"], results["students"]
-    one_token = next(row for row in teacher if row["decoding"] == ONE_TOKEN)
-    target = one_token["accuracy"] - ALLOWED_LOSS
+    teacher = [Measurement(**entry) for entry in results["teacher"]]
+    students = [
+        {**student, "rounds": [[Measurement(**entry) for entry in points] for points in student["rounds"]]}
+        for student in results["students"]
+    ]
+    target = teacher[0].accuracy - ALLOWED_LOSS  # the first is one token a step
     policies = ("entropy_threshold", "entropy_bound")
     lines = [
         f"NFE at which {100 * target:.1f}% are right, {100 * ALLOWED_LOSS:.0f} point less than the teacher at one "
-        f"token a step ({one_token['problems']} problems, no stop at end-of-text):",
+        f"token a step ({teacher[0].num_examples} problems, no stop at end-of-text):",
         "",
         "| model | entropy threshold | entropy bound | other policy |",
         "| --- | --- | --- | --- |",
     ]
     others = ", ".join(
-        f"{name.replace('_', ' ')}: {spread([nfe_at(curve(teacher, name), target)])}"
+        f"{name.replace('_', ' ')}: {spread([nfe_at(of_policy(teacher, name), target)])}"
         for name in ("confidence", "confidence_threshold")
     )
-    cells = [spread([nfe_at(curve(teacher, policy), target)]) for policy in policies]
+    cells = [spread([nfe_at(of_policy(teacher, policy), target)]) for policy in policies]
     lines.append(f"| teacher | {' | '.join(cells)} | {others} |")
     by_name = {}
     for student in students:
-        for number, rows in enumerate(student["rounds"], start=1):
+        for number, points in enumerate(student["rounds"], start=1):
             name = student["variant"] if number == 1 else f"{student['variant']}, round {number}"
-            by_name.setdefault(name, []).append(rows)
+            by_name.setdefault(name, []).append(points)
     for name, seeds in by_name.items():
-        cells = [spread([nfe_at(curve(rows, policy), target) for rows in seeds]) for policy in policies]
+        cells = [spread([nfe_at(of_policy(points, policy), target) for points in seeds]) for policy in policies]
         lines.append(f"| {name} | {' | '.join(cells)} | |")
     lines += [
         "",
-        "| | decoding | stop at end-of-text | NFE | TPF | TPF with padding | accuracy % | student - teacher |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| | decoding | NFE | TPF | TPF with padding | accuracy % | student - teacher |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for row in results["chosen"]:
-        (_, unmasking), (key, value) = row["decoding"].items()
-        padded = "" if row["stop_at_eos"] else f"{ANSWER_LENGTH / row['nfe']:.1f}"
+    for entry, difference in zip(results["chosen"], results["differences"], strict=True):
+        point = Measurement(**entry)
+        padded = "" if point.decoding["stop_at_eos"] else f"{ANSWER_LENGTH / point.nfe:.1f}"
         lines.append(
-            f"| {row['model']} | `{unmasking}`, {key} {value:g} | {'yes' if row['stop_at_eos'] else 'no'} | "
-            f"{row['nfe']:.1f} | {row['tpf']:.2f} | {padded} | {100 * row['accuracy']:.1f} | {row['difference']} |"
+            f"| {point.model or 'student'} | {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | "
+            f"{padded} | {100 * point.accuracy:.1f} | {difference} |"
         )
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    plot(teacher, students, target, one_token["problems"], folder / "accuracy_against_nfe.png")
-
-
-def plot(teacher, students, target, num_problems, path):
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(8, 4.8))
-    labels = {"confidence": "fixed steps", "confidence_threshold": "confidence threshold"}
-    labels |= {"entropy_threshold": "entropy threshold", "entropy_bound": "entropy bound"}
-    greys = ("0.75", "0.6", "0.4", "0.0")
-    for (unmasking, label), grey in zip(labels.items(), greys, strict=True):
-        points = curve(teacher, unmasking)
-        axes.plot(*zip(*points, strict=True), "o-", color=grey, markersize=3, label=f"teacher, {label}")
-    for variant, style in zip(WITH_ROUNDS, ("s--", "o-"), strict=True):
+    shown = {}
+    for variant in reversed(WITH_ROUNDS):
         rounds = next(student["rounds"] for student in students if student["variant"] == variant)
-        for number, rows in enumerate(rounds, start=1):
-            axes.plot(*zip(*curve(rows, "entropy_threshold"), strict=True), style, color=f"C{number - 1}",
-                      markersize=4, label=f"student, {variant}, round {number}")  # fmt: skip
-    axes.axhline(target, color="0.5", linewidth=0.8, linestyle=":")
-    axes.annotate("teacher at one token a step, less 1 point", (128, target), (0, -10), textcoords="offset points",
-                  ha="right", fontsize=7, color="0.3")  # fmt: skip
-    axes.set_xscale("log", base=2)
-    ticks = [8, 16, 32, 64, 128]
-    axes.set_xticks(ticks, [str(tick) for tick in ticks])
-    axes.set_xlim(5, 140)
-    axes.set_ylim(0.6, 1.0)
-    axes.set_xlabel("forward passes for 128 tokens (NFE)")
-    axes.set_ylabel(f"accuracy on {num_problems} held-out problems")
-    axes.legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
+        for number, points in enumerate(rounds, start=1):
+            shown[f"student, {variant}, round {number}"] = of_policy(points, "entropy_threshold")
+    shown |= {f"teacher, {policy.replace('_', ' ')}": of_policy(teacher, policy) for policy in TEACHER_GRID}
+    title = f"Word problems, {teacher[0].num_examples} problems, no stop at end-of-text; students at entropy threshold"
+    untimed = {name: [replace(point, seconds=None) for point in points] for name, points in shown.items()}
+    plot(untimed, folder / "accuracy_against_nfe.png", title, bar=target)  # several processes may share a GPU
 
 
 def main():
@@ -347,50 +290,56 @@ def main():
             rounds.append(path / f"round-{number}")
             train_student(teacher, rounds[-1], answers, tokenizer, arguments, seed, VARIANTS[variant])
 
-    problems = list(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))[: arguments.problems]
-    few = problems[: arguments.ablation_problems]
-    validation = list(generate_problems("validation", 2000, VALIDATION_SEED))[: arguments.problems]
+    def amount(limit):
+        limit = min(limit, arguments.problems)
+        return {"limit": limit, "batch_size": 1024, "shard_size": limit}
 
-    def measure_all(model, decodings, where, problems=few, stop_at_eos=False):
-        return list(measure(model, decodings, problems, tokenizer, where, stop_at_eos=stop_at_eos))
+    few, validation = amount(arguments.ablation_problems), {"split": "validation", **amount(2000)}
+
+    def measure_all(path, grid, where, amount=few):
+        return sweep(WORD_PROBLEMS, load(path), tokenizer, where, grid, **amount, stop_at_eos=False)
+
+    def measure_one(path, decoding, where, amount, stop_at_eos=False):
+        point = evaluate_task(
+            WORD_PROBLEMS, load(path), tokenizer, where, **amount, **decoding, stop_at_eos=stop_at_eos
+        )
+        return replace(point, seconds=seconds_of(where), model="teacher" if path == TEACHER else None)
 
     curves = []
     for (variant, seed), rounds in students.items():
-        rows = [[*map(brief, measure_all(path / "model", STUDENT_DECODINGS, path / "curve"))] for path in rounds]
-        curves.append({"variant": variant, "seed": seed, "rounds": rows})
+        points = [to_entries(measure_all(path / "model", STUDENT_GRID, path / "curve")) for path in rounds]
+        curves.append({"variant": variant, "seed": seed, "rounds": points})
     if arguments.until == "curves":
         return
     measured = folder / "measured"
-    teacher = [*map(brief, measure_all(TEACHER, TEACHER_DECODINGS, measured / "teacher"))]
+    teacher = measure_all(TEACHER, TEACHER_GRID, measured / "teacher")
 
     # The shipped student's way of decoding is chosen where the test problems are not looked at.
     latest = students[WHOLE_METHOD, FIRST_SEED][-1] / "model"
-    bar = measure_all(TEACHER, [ONE_TOKEN], measured / "validation-teacher", validation)[0]["accuracy"]
-    candidates = measure_all(latest, STUDENT_DECODINGS, measured / "validation-student", validation)
-    allowed = [row for row in candidates if row["accuracy"] >= bar - ALLOWED_LOSS / 2]
-    fastest = min(allowed, key=lambda row: row["nfe"]) if allowed else max(candidates, key=lambda row: row["accuracy"])
-    decoding = json.loads(fastest["decoding"])
+    bar = measure_one(TEACHER, ONE_TOKEN, measured / "validation-teacher", validation).accuracy
+    candidates = measure_all(latest, STUDENT_GRID, measured / "validation-student", validation)
+    best = fastest(candidates, bar - ALLOWED_LOSS / 2) or max(candidates, key=lambda point: point.accuracy)
+    decoding = {name: best.decoding[name] for name in ("unmasking", "threshold")}
     model = LLaDAModelLM.from_pretrained(latest)
-    model.generation_config.unmasking = decoding["unmasking"]
-    model.generation_config.threshold = decoding["threshold"]
+    model.generation_config.update(**decoding)
     model.save_pretrained(folder / "student")
     tokenizer.save_pretrained(folder / "student")
-    chosen = []
+    chosen, differences = [], []
     for stop in (False, True):
-        slow = measure_all(TEACHER, [ONE_TOKEN], measured / f"chosen-teacher-{stop}", problems, stop)[0]
-        fast = measure_all(latest, [decoding], measured / f"chosen-student-{stop}", problems, stop)[0]
-        difference = paired_difference(fast["correct"], slow["correct"])
-        chosen.append({"model": "teacher", "stop_at_eos": stop, **brief(slow), "difference": ""})
-        chosen.append({"model": "student", "stop_at_eos": stop, **brief(fast), "difference": difference})
+        folders = [measured / f"chosen-{name}-{stop}" for name in ("teacher", "student")]
+        for path, way, where in zip((TEACHER, latest), (ONE_TOKEN, decoding), folders, strict=True):
+            chosen.append(measure_one(path, way, where, amount(arguments.problems), stop))
+        slow, fast = map(verdicts_of, folders)
+        differences += ["", paired_difference(fast, slow)]
     results = {
         "settings": {name: getattr(arguments, name) for name in ("num_prompts", "max_steps", "batch_size", "rounds")},
-        "teacher": teacher,
+        "teacher": to_entries(teacher),
         "students": curves,
-        "chosen": chosen,
+        "chosen": to_entries(chosen),
+        "differences": differences,  # of their accuracy: student - teacher
     }
     (folder / "distillation.json").write_text(json.dumps(results, indent=1) + "\n")
-    measurements = {"measurements": [to_measurement(row) for row in chosen]}
-    (folder / "student" / "results.json").write_text(json.dumps(measurements, indent=1) + "\n")
+    write_measurements(chosen, folder / "student" / RESULTS_FILE)
     report(results, folder)
 
 

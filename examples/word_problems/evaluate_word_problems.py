@@ -6,6 +6,8 @@
 The task is also one for `dparallel.evaluation.sweep` and `calibrate`: `--task` with this file and `:WORD_PROBLEMS`.
 """
 
+import functools
+
 from datasets import Dataset
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, is_correct
 
@@ -21,8 +23,13 @@ class GeneratedTask(Task):
         split = split or self.split
         if split not in SEEDS:
             raise ValueError(f"`split={split!r}` is not allowed: it must be one of {sorted(SEEDS)}.")
-        problems = generate_problems(split, NUM_TEST_PROBLEMS, SEEDS[split])
-        return Dataset.from_list([problem._asdict() for problem in problems])
+        return generated(split)
+
+
+@functools.cache
+def generated(split):
+    problems = generate_problems(split, NUM_TEST_PROBLEMS, SEEDS[split])
+    return Dataset.from_list([problem._asdict() for problem in problems])
 
 
 WORD_PROBLEMS = GeneratedTask(

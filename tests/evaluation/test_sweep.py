@@ -94,7 +94,7 @@ def test_points_become_curves_and_areas():
     assert {name: [point.nfe for point in line] for name, line in curves.items()} == {
         "entropy threshold": [10.0, 20.0], "entropy threshold, dual cache": [20.0],
     }  # fmt: skip
-    areas = sweeping.aup(points)
+    areas = sweeping.aup(curves)
     weighted = 88 * 2.718281828459045 ** (-3 * (1 - 88 / 90))
     assert areas["entropy threshold"] == pytest.approx(3 * 90 + (6 - 3) * (90 + weighted) / 2)
     assert areas["entropy threshold, dual cache"] == pytest.approx(3 * 80)

@@ -23,6 +23,7 @@ from solving import Result
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
+from dparallel.hub_cards import load_measurements
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
 
@@ -198,7 +199,7 @@ def test_final_number(answer, response, is_right):
 
 
 def test_passes_at_an_accuracy_are_interpolated():
-    points = [(8, 0.5), (10, 0.9), (20, 0.95)]
+    points = [SimpleNamespace(nfe=nfe, accuracy=value) for nfe, value in ((8, 0.5), (10, 0.9), (20, 0.95))]
     assert distillation.nfe_at(points, 0.7) == (pytest.approx(9), False)
     assert distillation.nfe_at(points, 0.95) == (pytest.approx(20), False)
     assert distillation.nfe_at(points, 0.4) == (8, True) and distillation.nfe_at(points, 0.96) is None
@@ -238,6 +239,9 @@ def test_the_proof_runs_and_goes_on(tmp_path):
     assert (tmp_path / "out" / "accuracy_against_nfe.png").stat().st_size > 10_000
     results = json.loads((tmp_path / "out" / "distillation.json").read_text())
     assert [len(student["rounds"]) for student in results["students"]] == [2, 2, 1]
+    chosen = load_measurements(tmp_path / "out" / "student" / "results.json")
+    kinds = [("teacher", False), (None, False), ("teacher", True), (None, True)]
+    assert [(point.model, point.decoding["stop_at_eos"]) for point in chosen] == kinds
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student", trust_remote_code=True)
     assert model.generation_config.unmasking in ("entropy_threshold", "entropy_bound")
     again = run("word_problems/distillation.py", *flags, "--variants", *variants, cwd=tmp_path)

@@ -293,7 +293,13 @@ class DiffusionGenerationMixin(GenerationMixin):
     def save_pretrained(self, save_directory, *args, **kwargs):
         if self.unmasking_filter is not None and kwargs.get("push_to_hub"):
             raise ValueError("`push_to_hub=True` would leave the filter behind: call `model.push_to_hub()` instead.")
-        super().save_pretrained(save_directory, *args, **kwargs)
+        # `fully_shard` lays a class of PyTorch's over the model's, and transformers would save that one's code.
+        kind = type(self)
+        self.__class__ = next(each for each in kind.__mro__ if not each.__module__.startswith("torch.distributed."))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.__class__ = kind
         if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
             self.unmasking_filter.save_pretrained(os.path.join(save_directory, SUBFOLDER))
 

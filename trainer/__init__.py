@@ -2,6 +2,7 @@
 
 from .certainty_forcing_config import CertaintyForcingConfig
 from .certainty_forcing_trainer import CertaintyForcingTrainer
+from .checkpoints import last_complete_checkpoint
 from .filter_trainer import (
     FilterConfig,
     FilterTrainer,
@@ -12,7 +13,7 @@ from .filter_trainer import (
     split_by_prompt,
 )
 from .masked_diffusion_config import MaskedDiffusionConfig
-from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer, last_complete_checkpoint
+from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
 from .trajectories import generate_trajectories
 
 __all__ = [

@@ -11,8 +11,8 @@ from .losses import LOSS_WEIGHTINGS
 @dataclass
 class MaskedDiffusionConfig(TrainingArguments):
     """`TrainingArguments` with what masked diffusion needs. Defaults that differ from transformers': `learning_rate`
-    2e-5, `logging_steps` 10. Where rows differ in length (`max_length=None`, or a `response_length`),
-    `train_sampling_strategy="group_by_length"` saves padding.
+    2e-5, `logging_steps` 10, `ddp_find_unused_parameters` False, as each pass uses every weight. Where rows differ in
+    length (`max_length=None`, or a `response_length`), `train_sampling_strategy="group_by_length"` saves padding.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -61,6 +61,10 @@ class MaskedDiffusionConfig(TrainingArguments):
     learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate."})
     logging_steps: float = field(
         default=10, metadata={"help": "Log every X updates steps; a share of all steps if smaller than 1."}
+    )
+
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Whether DDP looks, in each pass, for weights that it did not use."}
     )
 
     def __post_init__(self):

@@ -9,12 +9,13 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerState, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 
 from dparallel.hub_cards.model_card import model_card
 from dparallel.hub_cards.upload import upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
+from .checkpoints import DEEPSPEED, FSDP, PLAIN, last_complete_checkpoint, layout_of, load_optimizer, load_weights
 from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
@@ -231,11 +232,47 @@ class MaskedDiffusionTrainer(Trainer):
         return super().get_eval_dataloader(eval_dataset)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete."""
+        """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete, and one that
+        was saved under FSDP goes on under DDP and on one device, and the other way round, on any number of them.
+
+        Raises:
+            ValueError: for a checkpoint of DeepSpeed under another layout, or of another one under DeepSpeed.
+        """
         if resume_from_checkpoint is True:
             # Without one, Trainer says so.
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+        if isinstance(resume_from_checkpoint, str) and self._is_elsewhere(resume_from_checkpoint):
+            layouts = layout_of(resume_from_checkpoint), self._layout
+            if DEEPSPEED in layouts:
+                raise ValueError(
+                    f"`resume_from_checkpoint={resume_from_checkpoint!r}` was saved under {layouts[0]}, and this is "
+                    f"{layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
+                    f"{layouts[0]}, or start a new run from its weights."
+                )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    @property
+    def _layout(self):
+        return DEEPSPEED if self.is_deepspeed_enabled else FSDP if self.is_fsdp_enabled else PLAIN
+
+    def _is_elsewhere(self, checkpoint):
+        return Path(checkpoint).is_dir() and layout_of(checkpoint) != self._layout
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if not self._is_elsewhere(resume_from_checkpoint):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_weights(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if not self._is_elsewhere(self.state.best_model_checkpoint):
+            return super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or not self._is_elsewhere(checkpoint):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _run_epoch(self, model, epoch, *args, **kwargs):
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
@@ -330,7 +367,8 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
-        save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
+        if self.args.should_save:
+            save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
 
     def create_model_card(
         self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **_
@@ -370,15 +408,3 @@ class MaskedDiffusionTrainer(Trainer):
         settings["revision"] = revision or self.args.hub_revision
         push = partial(upload, self.args.output_dir, self.hub_model_id, commit_message=commit_message, **settings)
         return push() if blocking else HfApi(token=token).run_as_future(push)
-
-
-def last_complete_checkpoint(output_dir) -> str | None:
-    """The last checkpoint in a folder that was written to its end: a kill while it was saved leaves a part of one."""
-    steps = {}
-    for path in Path(output_dir).glob("checkpoint-*"):
-        try:
-            state = TrainerState.load_from_json(str(path / "trainer_state.json"))  # what Trainer writes last
-        except (OSError, ValueError):
-            continue
-        steps[state.global_step] = str(path)
-    return steps[max(steps)] if steps else None

@@ -1,6 +1,7 @@
 """The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
 
 import logging
+import shutil
 
 import pytest
 import torch
@@ -275,6 +276,22 @@ def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokeni
     assert torch.equal(unbroken, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
     with pytest.raises(ValueError, match="No valid checkpoint found"):
         make_trainer(tmp_path / "new", word_tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_checkpoints_that_cannot_go_on_here(tmp_path, word_tokenizer, make_trainer):
+    trainer = make_trainer(tmp_path, word_tokenizer, max_steps=2, save_strategy="steps", save_steps=1)
+    trainer.train()
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tmp_path / "checkpoint-1", foreign)
+    (foreign / "optimizer.pt").rename(foreign / "optimizer_0")  # as FSDP calls its shards
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint=.*foreign'` is not allowed .* no optimizer.pt"):
+        trainer.train(resume_from_checkpoint=str(foreign))
+    (foreign / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model.safetensors, as FSDP writes them with"):
+        trainer.train(resume_from_checkpoint=str(foreign))
+    (foreign / "global_step1").mkdir()
+    with pytest.raises(ValueError, match="was saved under DeepSpeed, and this is one device or DDP"):
+        trainer.train(resume_from_checkpoint=str(foreign))
 
 
 def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_trainer):

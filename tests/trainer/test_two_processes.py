@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "two_processes.py"
 
@@ -53,6 +56,25 @@ def test_a_sharded_model_gives_the_same_loss_gradients_and_tokens(family, tmp_pa
     for result in launch("shard", family, tmp_path, 2):
         assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-5)
         assert result["gradients"] < 1e-5 and result["same_tokens"]
+
+
+def test_a_checkpoint_goes_on_under_another_layout(family, tmp_path):
+    """Saved under FSDP2, resumed under DDP and by one process, and the other way round: weights, moments, rate."""
+    (sharded, _), (plain, _) = launch("fsdp", family, tmp_path, 2), launch("ddp", family, tmp_path, 2)
+    (resharded, _), (one,) = launch("fsdp", family, tmp_path, 2), launch("ddp", family, tmp_path, 1)
+    assert [len(plain), len(resharded), len(one)] == [4, 2, 2]
+    for kind in ("full", "adapter"):
+        unbroken = plain[f"{kind}, unbroken"]
+        assert len(unbroken) == 6 and unbroken[0] != unbroken[-1]
+        resumed = [curves[f"{kind}, resumed"] for curves in (plain, resharded, one)]
+        for curve in (sharded[f"{kind}, unbroken"], *resumed):
+            assert curve == pytest.approx(unbroken, rel=1e-5)
+    folder = tmp_path / "fsdp-full" / "checkpoint-6"
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__name__ == family.model.__name__ and (folder / f"modeling_{family.name}.py").exists()
+    weights = load_file(tmp_path / "ddp-full" / "checkpoint-6" / "model.safetensors")
+    for name, weight in load_file(folder / "model.safetensors").items():
+        torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_sharded_model_with_an_adapter_decodes(family, tmp_path):

@@ -1,12 +1,15 @@
-"""What `test_two_processes.py` launches: training in the usual way, or a sharded model beside a whole one."""
+"""What `test_two_processes.py` launches: training in the usual way or under FSDP2, or a sharded model beside a whole
+one."""
 
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from families import FAMILIES
 from golden import CHECKPOINT
@@ -95,6 +98,47 @@ def shard_adapter(family, output_dir, tokenizer):
     return results
 
 
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+}  # fmt: skip
+
+
+def layouts(layout, family, output_dir, tokenizer):
+    """Losses of six steps with and without an adapter, from the start, saved in the middle, and from the middle of the
+    other layout's if that was there before."""
+    if layout == "fsdp":
+        os.environ.update(FSDP2)
+    world_size, other, curves = int(os.environ.get("WORLD_SIZE", "1")), {"fsdp": "ddp", "ddp": "fsdp"}[layout], {}
+    done = {name for name in (layout, other) if (Path(output_dir) / f"{name}-full").exists()}
+    PartialState().wait_for_everyone()
+    for kind, peft_config in (("full", None), ("adapter", LoraConfig(r=2))):
+        folder = Path(output_dir) / f"{layout}-{kind}"
+        starts = {folder: None, folder / "resumed": Path(output_dir) / f"{other}-{kind}" / "checkpoint-3"}
+        if layout in done:
+            del starts[folder]
+        if other not in done:
+            del starts[folder / "resumed"]
+        for output, checkpoint in starts.items():
+            args = settings(
+                output, max_steps=6, learning_rate=1e-2, lr_scheduler_type="linear", save_strategy="steps",
+                save_steps=3, per_device_train_batch_size=8 // world_size,
+            )  # fmt: skip
+            if layout == "fsdp":  # accelerate shards on GPUs alone: let it take these processes for some
+                args.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+            is_read = checkpoint is not None and peft_config is None  # an adapter's base is not in its checkpoint
+            trainer = CertaintyForcingTrainer(
+                family.small(seed=5 if is_read else 0), args, train_dataset=Dataset.from_list(rows()),
+                processing_class=tokenizer, peft_config=peft_config,
+            )  # fmt: skip
+            assert trainer.is_fsdp_enabled == (layout == "fsdp")
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+            curves[f"{kind}, {'unbroken' if checkpoint is None else 'resumed'}"] = losses
+    return curves
+
+
 if __name__ == "__main__":
     task, name, output_dir = sys.argv[1:]
     PartialState(cpu=True)
@@ -104,6 +148,8 @@ if __name__ == "__main__":
         "trajectories": trajectories,
         "shard": shard,
         "shard_adapter": shard_adapter,
+        "fsdp": partial(layouts, "fsdp"),
+        "ddp": partial(layouts, "ddp"),
     }[task](FAMILIES[name], output_dir, AutoTokenizer.from_pretrained(CHECKPOINT))
     name = f"{task}-{os.environ.get('WORLD_SIZE', '1')}-{PartialState().process_index}.json"
     (Path(output_dir) / name).write_text(json.dumps(result))

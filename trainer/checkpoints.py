@@ -1,0 +1,111 @@
+"""The checkpoints of a run: which is the last complete one, and how one goes on under another layout.
+
+Trainer saves weights as safetensors under every layout, but optimizers as each layout has them: by number on one
+device and under DDP, by name under FSDP, in DeepSpeed's own files under ZeRO. What one of the first two saved goes on
+under the other here, by PyTorch's distributed state dictionaries.
+"""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import distributed
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from transformers import TrainerState
+
+PLAIN, FSDP, DEEPSPEED = "one device or DDP", "FSDP", "DeepSpeed"
+
+
+def last_complete_checkpoint(output_dir) -> str | None:
+    """The last checkpoint in a folder that was written to its end: a kill while it was saved leaves a part of one."""
+    steps = {}
+    for path in Path(output_dir).glob("checkpoint-*"):
+        try:
+            state = TrainerState.load_from_json(str(path / "trainer_state.json"))  # what Trainer writes last
+        except (OSError, ValueError):
+            continue
+        steps[state.global_step] = str(path)
+    return steps[max(steps)] if steps else None
+
+
+def layout_of(checkpoint) -> str:
+    """Under which layout a checkpoint was saved."""
+    names = [path.name for path in Path(checkpoint).glob("*")]
+    if any(name.startswith("global_step") for name in names):
+        return DEEPSPEED
+    is_fsdp = any(name.startswith(("pytorch_model_fsdp", "optimizer.bin", "optimizer_")) for name in names)
+    return FSDP if is_fsdp else PLAIN
+
+
+def load_weights(model, checkpoint):
+    """Load the safetensors of a checkpoint into a model, or into its adapter, sharded or not, on all processes.
+
+    Raises:
+        ValueError: if there are none, or for weights that the model does not have.
+    """
+    name = "adapter_model" if isinstance(model, PeftModel) else "model"
+    files = sorted(Path(checkpoint).glob(f"{name}*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
+            f"{name}.safetensors, as FSDP writes them with `fsdp_state_dict_type: FULL_STATE_DICT` only."
+        )
+    known = {_saved_name(name, model): name for name in model.state_dict()}
+    state = {}
+    for file in files if _is_first() else []:
+        state |= load_file(file)
+    if unknown := sorted(set(state) - set(known)):
+        raise ValueError(f"`resume_from_checkpoint={str(checkpoint)!r}` has weights that the model lacks: {unknown}.")
+    state = {known[name]: tensor for name, tensor in state.items()}
+    set_model_state_dict(model, state, options=_options(strict=False))  # tied and frozen weights are not saved
+
+
+def load_optimizer(model, optimizer, checkpoint):
+    """Load the optimizer's state of a checkpoint, by number or by name, on all processes.
+
+    Raises:
+        ValueError: if it has none, or one for other parameters.
+    """
+    files = [path for name in ("optimizer.pt", "optimizer.bin") if (path := Path(checkpoint) / name).exists()]
+    if not files:
+        raise ValueError(
+            f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
+            f"optimizer.pt and no optimizer.bin."
+        )
+    state = torch.load(files[0], map_location="cpu", weights_only=True) if _is_first() else {}
+    if state and files[0].name == "optimizer.pt":
+        name_of = {parameter: name for name, parameter in model.named_parameters()}
+        names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        numbers = [number for group in state["param_groups"] for number in group["params"]]
+        if len(names) != len(numbers):
+            raise ValueError(
+                f"`resume_from_checkpoint={str(checkpoint)!r}` has an optimizer of {len(numbers)} parameters: the "
+                f"model trains {len(names)}."
+            )
+        name_of = dict(zip(numbers, names, strict=True))
+        groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in state["param_groups"]]
+        state = {"state": {name_of[n]: moments for n, moments in state["state"].items()}, "param_groups": groups}
+    set_optimizer_state_dict(model, optimizer, state, options=_options())
+
+
+def _saved_name(name, model):
+    """What a parameter is called in safetensors: peft leaves out the adapter."""
+    if not isinstance(model, PeftModel):
+        return name
+    adapter = model.active_adapter
+    return name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
+
+
+def _is_first():
+    return not distributed.is_initialized() or distributed.get_rank() == 0
+
+
+def _options(strict=True):
+    """For whole tensors, that the first process reads and shares."""
+    is_shared = distributed.is_initialized() and distributed.get_world_size() > 1
+    return StateDictOptions(full_state_dict=True, broadcast_from_rank0=is_shared, strict=strict)

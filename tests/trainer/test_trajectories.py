@@ -3,11 +3,12 @@
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
 from dparallel.trainer import generate_trajectories
 from dparallel.trainer.tokenization import lay_out_tokens
-from dparallel.trainer.trajectories import model_digest
+from dparallel.trainer.trajectories import model_digest, tensor_checksum
 
 SETTINGS = {"max_new_tokens": 32, "unmasking": "confidence_threshold", "threshold": 0.9}
 
@@ -114,6 +115,25 @@ def test_the_digest_knows_weights_and_configuration(model):
     assert model_digest(model) != digest
     model.config.rms_norm_eps = eps
     assert model_digest(model) == digest
+
+
+def test_the_checksum_is_that_of_plain_integers():
+    tensor = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+
+    def signed(value):
+        return (value + 2**63) % 2**64 - 2**63
+
+    data, total = tensor.numpy().tobytes(), 0
+    data += bytes(-len(data) % 8)
+    for number in range(len(data) // 8):
+        place = number
+        for factor, shift in ((0x1E3779B97F4A7C15, 31), (0x3F58476D1CE4E5B9, 27)):
+            place = signed(place * factor)
+            place ^= place >> shift
+        total += int.from_bytes(data[8 * number : 8 * number + 8], "little", signed=True) * (place | 1)
+    assert tensor_checksum(tensor) == tensor_checksum(tensor, chunk=3) == total % 2**64
+    swapped = tensor.flatten()[[2, 3, 0, 1, *range(4, 35)]]
+    assert tensor_checksum(swapped) != tensor_checksum(tensor) == tensor_checksum(tensor.T.contiguous().T)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,344 @@
+"""How distillation, trajectories and evaluation scale over the GPUs of one machine, with LLaDA-8B's shape and random
+weights; and that a checkpoint goes on under another layout.
+
+    python examples/benchmarks/scale_out.py                        # all GPUs of the machine, of 80 GB
+    python examples/benchmarks/scale_out.py --shape box --processes 2    # the model in the box, on a CPU
+
+Each row is a launch of its own, with a file of `examples/accelerate_configs`:
+
+- training: a `CertaintyForcingTrainer` step, of LoRA (rank 128 on q, k, v and up) or of all weights (checkpointed),
+  with the same global batch on one GPU and on all of them: tokens of the examples per second (each is in two views),
+  peak memory of the fullest GPU, efficiency (tokens per second of each GPU, over that of one alone) and how far the
+  losses are from those of one GPU, or of the first layout where one GPU is too small;
+- decoding: answers per second of `generate_trajectories` and of `evaluate_task`, and whether they equal those of one
+  process;
+- checkpoints: the model in the box, saved halfway under one layout, resumed under another, and merged: how far losses
+  and weights are from those of a run that was not interrupted.
+
+Prints tables and writes JSON.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from decoding import BOX, describe_machine, load
+from safetensors.torch import load_file
+from training import PROMPT_LENGTH, Stopwatch, adapter, any_tokenizer
+from transformers import AutoTokenizer
+
+from dparallel.evaluation import evaluate_task
+from dparallel.evaluation.command_line import find_task
+from dparallel.hub_cards import merge_adapter
+from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+TASK = f"{BOX.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
+PARTS = ("training", "decoding", "checkpoints")
+ALONE = "single_gpu"
+LAYOUTS = {"LoRA": (ALONE, "ddp", "fsdp2", "zero2", "zero3"), "all weights": ("fsdp2", "zero3")}
+# What is trained, the layout that saves, and the one that goes on.
+RESUMED = (
+    ("LoRA", "fsdp2", "ddp"), ("LoRA", "fsdp2", ALONE), ("LoRA", "ddp", "fsdp2"), ("LoRA", "ddp", ALONE),
+    ("all weights", "fsdp2", "ddp"),
+)  # fmt: skip
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+def build_trainer(job, model, rows, output_dir, **changes):
+    """A trainer whose global batch does not depend on the number of processes, and its stopwatch."""
+    is_gpu, stopwatch = torch.cuda.is_available(), Stopwatch()
+    config = CertaintyForcingConfig(
+        output_dir=output_dir,
+        max_length=job["length"],
+        masking="block",
+        certainty_weight=2.0,
+        per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["global_batch"] // job["micro_batch"] // PartialState().num_processes,
+        bf16=is_gpu,
+        use_cpu=not is_gpu,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        **changes,
+    )
+    trainer = CertaintyForcingTrainer(
+        model,
+        config,
+        train_dataset=rows,
+        processing_class=any_tokenizer(model.config),
+        callbacks=[stopwatch],
+        peft_config=adapter(job["rank"]) if job["trains"] == "LoRA" else None,
+    )
+    return trainer, stopwatch
+
+
+def losses_of(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+
+
+def random_rows(config, count, length):
+    torch.manual_seed(0)
+    ids = torch.randint(5, config.vocab_size // 2, (count, length)).tolist()
+    return Dataset.from_list([{"input_ids": row, "prompt_length": min(PROMPT_LENGTH, length // 2)} for row in ids])
+
+
+def training(job, folder):
+    model = load(job["shape"], job["device"])
+    model.config.use_cache = False
+    steps = job["warm_up"] + job["steps"]
+    rows = random_rows(model.config, job["global_batch"] * steps, job["length"])
+    trainer, stopwatch = build_trainer(
+        job, model, rows, folder, max_steps=steps, save_strategy="no",
+        gradient_checkpointing=job["trains"] == "all weights", learning_rate=1e-4,
+    )  # fmt: skip
+    if job["device"] == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    peak = torch.cuda.max_memory_allocated() if job["device"] == "cuda" else 0
+    peaks = trainer.accelerator.gather(torch.tensor([peak], device=trainer.accelerator.device))
+    seconds = statistics.median(stopwatch.times[job["warm_up"] :])
+    return {
+        "seconds": seconds,
+        "tokens_per_second": job["global_batch"] * job["length"] / seconds,
+        "gibibytes": peaks.max().item() / 2**30,
+        "losses": losses_of(trainer),
+    }
+
+
+def decoding(job, folder):
+    state, model = PartialState(), load(job["shape"], job["device"])
+    tokenizer = AutoTokenizer.from_pretrained(BOX, padding_side="left")
+    task, size = find_task(TASK), {"batch_size": job["batch_size"], "shard_size": job["batch_size"]}
+    settings = {"unmasking": "confidence", "max_new_tokens": job["answer"], "stop_at_eos": False}
+    settings |= {"steps": job["answer"]}
+    prompts = task.questions(split="validation", limit=job["prompts"]).remove_columns("row")
+    # So that the timed calls find libraries loaded and memory allocated.
+    model.generate(torch.full((job["batch_size"], 64), 5, device=model.device), **settings)
+
+    def timed(function):
+        state.wait_for_everyone()
+        start = time.perf_counter()
+        result = function()
+        state.wait_for_everyone()
+        return time.perf_counter() - start, result
+
+    answering, rows = timed(
+        lambda: generate_trajectories(model, tokenizer, prompts, f"{folder}/trajectories", **size, **settings)
+    )
+    judging, _ = timed(
+        lambda: evaluate_task(task, model, tokenizer, f"{folder}/evaluation", limit=job["prompts"], **size, **settings)
+    )
+    return {
+        "trajectories_per_second": job["prompts"] / answering,
+        "evaluated_per_second": job["prompts"] / judging,
+        "answers": [rows["input_ids"][:], (Path(folder) / "evaluation" / "samples.jsonl").read_text()],
+    }
+
+
+def checkpoints(job, folder):
+    model = load("box", job["device"])
+    half = job["steps"] // 2
+    rows = random_rows(model.config, job["global_batch"] * job["steps"], job["length"])
+    trainer, _ = build_trainer(
+        job, model, rows, folder, max_steps=job["steps"], save_strategy="steps", save_steps=half, learning_rate=1e-3,
+        lr_scheduler_type="linear",
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=job["resume"])
+    trainer.save_model(folder)
+    return {"losses": losses_of(trainer)}
+
+
+def launched(arguments):
+    """One row, by one of the processes; the first writes it."""
+    job = json.loads(arguments.job)
+    PartialState(cpu=job["device"] == "cpu")  # and each process has its own GPU now
+    result = {"training": training, "decoding": decoding, "checkpoints": checkpoints}[job["part"]](job, job["folder"])
+    if PartialState().is_main_process:
+        arguments.row.write_text(json.dumps(result))
+    PartialState().wait_for_everyone()
+    sys.stdout.flush()
+    os._exit(0)  # threads of the process group now and then abort an orderly shutdown, when all is written
+
+
+# --- what launches ---------------------------------------------------------------------------------------------------
+
+
+def launch(layout, processes, folder, **job):
+    """What a job gives under a layout; None, and the end of its output, if it fails."""
+    job |= {"folder": str(folder), "device": "cuda" if torch.cuda.is_available() else "cpu"}
+    row = Path(folder).with_suffix(".json")
+    if torch.cuda.is_available():
+        launcher = ["accelerate.commands.launch", "--config_file", CONFIGS / f"{layout}.yaml", "--num_processes"]
+    else:
+        launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    if layout == ALONE:
+        environment["CUDA_VISIBLE_DEVICES"] = "0"
+    command = [sys.executable, "-m", *launcher, processes, __file__, "--job", json.dumps(job), "--row", row]
+    process = subprocess.run(
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if process.returncode or not row.exists():
+        print(f"{layout} failed:\n{process.stdout[-3000:]}", file=sys.stderr, flush=True)
+        return None
+    return json.loads(row.read_text())
+
+
+def difference(values, others):
+    return max(abs(value - other) for value, other in zip(values, others, strict=True))
+
+
+def measure_training(arguments, folder, results):
+    print("| trained | config | GPUs | ms | tokens/s | efficiency | GiB of each | losses differ by |")
+    print("| --- " * 8 + "|", flush=True)
+    names = ("shape", "length", "rank", "micro_batch", "global_batch", "steps", "warm_up")
+    job = {name: getattr(arguments, name) for name in names}
+    for trains, layouts in LAYOUTS.items():
+        reference = None
+        for layout in layouts:
+            if layout not in arguments.layouts or trains not in arguments.trains:
+                continue
+            processes = 1 if layout == ALONE else arguments.processes
+            row = launch(layout, processes, folder / f"{trains}-{layout}", part="training", trains=trains, **job)
+            if row is None:
+                print(f"| {trains} | `{layout}` | {processes} | failed |||||", flush=True)
+                continue
+            row |= {"trains": trains, "layout": layout, "processes": processes}
+            results["training"].append(row)
+            reference = reference or row
+            row["difference"] = difference(row["losses"], reference["losses"])
+            efficiency, apart = "", "" if row is reference else f"{row['difference']:.1e}"
+            if reference["layout"] == ALONE:
+                row["efficiency"] = row["tokens_per_second"] / processes / reference["tokens_per_second"]
+                efficiency = f"{row['efficiency']:.3f}"
+            print(
+                f"| {trains} | `{layout}` | {processes} | {1000 * row['seconds']:.0f} | "
+                f"{row['tokens_per_second']:,.0f} | {efficiency} | {row['gibibytes']:.1f} | {apart} |",
+                flush=True,
+            )
+
+
+def measure_decoding(arguments, folder, results):
+    print("\n| | processes | trajectories/s | efficiency | evaluated/s | efficiency | answers |")
+    print("| --- " * 7 + "|", flush=True)
+    alone = None
+    for layout, processes in ((ALONE, 1), ("ddp", arguments.processes)):
+        row = launch(
+            layout, processes, folder / f"decoding-{processes}", part="decoding", shape=arguments.shape,
+            prompts=arguments.prompts, batch_size=arguments.decoding_batch, answer=arguments.answer,
+        )  # fmt: skip
+        if row is None:
+            continue
+        answers, alone = row.pop("answers"), alone or {**row, "answers": None}
+        alone["answers"] = alone["answers"] or answers
+        row |= {"processes": processes, "same_answers": answers == alone["answers"]}
+        cells = []
+        for name in ("trajectories_per_second", "evaluated_per_second"):
+            row[name.replace("per_second", "efficiency")] = efficiency = row[name] / processes / alone[name]
+            cells.append(f"{row[name]:.2f} | {efficiency:.3f}")
+        results["decoding"].append(row)
+        same = "the same" if row["same_answers"] else "DIFFERENT"
+        print(f"| `{layout}` | {processes} | {' | '.join(cells)} | {same} |", flush=True)
+
+
+def measure_checkpoints(arguments, folder, results):
+    """Of the model in the box, whatever the shape: it is about what is in the files."""
+    print("\n| trained | saved under | resumed under | losses differ by | merged weights differ by |")
+    print("| --- " * 5 + "|", flush=True)
+    job = {"part": "checkpoints", "length": 128, "rank": 8, "micro_batch": 2, "global_batch": 16, "steps": 8}
+    known = {}
+
+    def run(trains, layout, name, resume=None):
+        """Losses and the folder of a run."""
+        where = folder / name
+        processes = 1 if layout == ALONE else arguments.processes
+        row = launch(layout, processes, where, trains=trains, resume=resume and str(resume), **job)
+        return row and (row["losses"], where)
+
+    for trains, saving, resuming in RESUMED:
+        if not {saving, resuming} <= set(arguments.layouts):
+            continue
+        kind = trains.replace(" ", "-")
+        for layout in (saving, "ddp"):
+            if (trains, layout) not in known:
+                known[trains, layout] = run(trains, layout, f"{kind}-{layout}-unbroken")
+        unbroken, saved = known[trains, "ddp"], known[trains, saving]
+        resumed = saved and run(trains, resuming, f"{kind}-{saving}-{resuming}", saved[1] / "checkpoint-4")
+        if not (unbroken and resumed):
+            print(f"| {trains} | `{saving}` | `{resuming}` | failed ||", flush=True)
+            continue
+        weights = [merged_weights(where, trains) for _, where in (unbroken, resumed)]
+        farthest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
+        row = {"trains": trains, "saved": saving, "resumed": resuming, "difference": farthest}
+        row["losses_difference"] = difference(resumed[0], unbroken[0])
+        results["checkpoints"].append(row)
+        print(
+            f"| {trains} | `{saving}` | `{resuming}` | {row['losses_difference']:.1e} | {farthest:.1e} |", flush=True
+        )
+
+
+def merged_weights(folder, trains):
+    if trains == "LoRA":
+        tokenizer = AutoTokenizer.from_pretrained(BOX)
+        merge_adapter(folder, folder / "merged", tokenizer, base_model=BOX, model_init_kwargs={"dtype": torch.float32})
+        folder = folder / "merged"
+    return load_file(folder / "model.safetensors")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
+    parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="default: all GPUs")
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    layouts = LAYOUTS["LoRA"] if torch.cuda.is_available() else (ALONE, "ddp")  # the others need GPUs
+    parser.add_argument("--layouts", nargs="+", default=layouts, choices=layouts)
+    parser.add_argument("--trains", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
+    parser.add_argument("--length", type=int, help="tokens of a sequence; default: 384; box: 192")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--micro_batch", type=int, default=4, help="sequences of a GPU at a time")
+    parser.add_argument("--global_batch", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=5, help="that count, after --warm_up that do not")
+    parser.add_argument("--warm_up", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=256, help="that are answered")
+    parser.add_argument("--decoding_batch", type=int, default=16)
+    parser.add_argument("--answer", type=int, default=64, help="tokens of an answer, one a pass")
+    parser.add_argument("--output", type=Path, default=Path("scale_out.json"))
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.job:
+        return launched(arguments)
+    if arguments.processes < 2:
+        parser.error(f"--processes {arguments.processes}: it must be at least 2")
+    if arguments.global_batch % (arguments.micro_batch * arguments.processes):
+        parser.error(
+            f"--global_batch {arguments.global_batch}: it must be a multiple of --micro_batch times --processes"
+        )
+    arguments.length = arguments.length or (192 if arguments.shape == "box" else 384)
+    results = {**describe_machine(), "processes": arguments.processes, "shape": arguments.shape}
+    results |= {"length": arguments.length, "global_batch": arguments.global_batch, **{part: [] for part in PARTS}}
+    print(f"{arguments.processes} x {results['hardware']}, torch {torch.__version__}, ", end="")
+    print(f"transformers {transformers.__version__}, {results['date']}: {arguments.shape}\n", flush=True)
+    measures = {"training": measure_training, "decoding": measure_decoding, "checkpoints": measure_checkpoints}
+    with tempfile.TemporaryDirectory() as folder:
+        for part in arguments.parts:
+            measures[part](arguments, Path(folder), results)
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -71,6 +71,20 @@ def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_valu
     return mask
 
 
+class RotaryTables:
+    """Cosine and sine of the rotary angles, float32, each (B or 1, 1, T, head_dim / 2).
+
+    An object and no pair, as FSDP casts the tensors among a layer's arguments to the dtype that it computes in, which
+    is too coarse for angles. What moves arguments between devices calls `to`.
+    """
+
+    def __init__(self, cos, sin):
+        self.cos, self.sin = cos, sin
+
+    def to(self, *args, **kwargs):
+        return RotaryTables(self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs))
+
+
 def prepare_attention(module, config, layer_idx):
     """Give a module what `attention` and transformers' attention functions read of it."""
     module.config = config
@@ -80,16 +94,16 @@ def prepare_attention(module, config, layer_idx):
     module.is_causal = False
 
 
-def attention(module, projected, position_embeddings, attention_mask, past_key_values, **kwargs):
-    """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim). Returns
-    what is to be projected back, and the weights if the implementation knows them."""
+def attention(module, projected, tables, attention_mask, past_key_values, **kwargs):
+    """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim), and the
+    `RotaryTables`. Returns what is to be projected back, and the weights if the implementation knows them."""
     query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
     if isinstance(past_key_values, BlockCache) and query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value):
         *kept, slots = past_key_values.of_layer(module.layer_idx, key)
-        query = fused_rotate(query, key, *position_embeddings, value, kept, slots)
+        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, slots)
         key, value = past_key_values.seen(module.layer_idx)
     else:
-        query, key = rotate(query, key, *position_embeddings)
+        query, key = rotate(query, key, tables.cos, tables.sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, module.layer_idx)
     mixed, weights = attend(module, query, key, value, attention_mask, module.head_dim**-0.5, **kwargs)

@@ -33,6 +33,7 @@ from .generation_diffusion import (
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
+    RotaryTables,
     attention,
     bidirectional_mask,
     prepare_attention,
@@ -159,10 +160,9 @@ class DreamBaseModel(DreamPreTrainedModel):
         if position_ids is None:
             position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
         attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
-        # In float32 whatever the dtype of the model, and of two equal halves the first: (B, 1, T, head_dim / 2).
-        position_embeddings = [
-            table.chunk(2, dim=-1)[0][:, None] for table in self.rotary_emb(hidden_states.float(), position_ids)
-        ]
+        # In float32 whatever the dtype of the model, and of two equal halves the first.
+        tables = self.rotary_emb(hidden_states.float(), position_ids)
+        position_embeddings = RotaryTables(*(table.chunk(2, dim=-1)[0][:, None] for table in tables))
         for layer in self.layers:
             hidden_states, _ = layer(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)

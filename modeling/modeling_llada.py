@@ -16,6 +16,7 @@ from .generation_diffusion import DiffusionGenerationMixin, select_positions
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
+    RotaryTables,
     attention,
     bidirectional_mask,
     prepare_attention,
@@ -25,12 +26,11 @@ from .packed_projections import project
 
 
 def rotary_tables(position_ids, head_dim, theta):
-    """Cosine and sine of the rotary angles, float32 like in the official code (`rope_full_precision`), (B, 1, T,
-    head_dim / 2). Recomputed in each pass: it costs nothing, and there is no buffer that a cast or a meta device could
-    spoil."""
+    """Of float32 angles, like in the official code (`rope_full_precision`). Recomputed in each pass: it costs nothing,
+    and there is no buffer that a cast or a meta device could spoil."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
     angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
-    return angles.cos(), angles.sin()
+    return RotaryTables(angles.cos(), angles.sin())
 
 
 class LLaDALlamaBlock(GradientCheckpointingLayer):

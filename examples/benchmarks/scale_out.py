@@ -9,7 +9,8 @@ Each row is a launch of its own, with a file of `examples/accelerate_configs`:
 - training: a `CertaintyForcingTrainer` step, of LoRA (rank 128 on q, k, v and up) or of all weights (checkpointed),
   with the same global batch on one GPU and on all of them: tokens of the examples per second (each is in two views),
   peak memory of the fullest GPU, efficiency (tokens per second of each GPU, over that of one alone) and how far the
-  losses are from those of one GPU, or of the first layout where one GPU is too small;
+  trajectory losses are from those of one GPU, or of the first layout where one GPU is too small (the certainty loss
+  counts right predictions, of which random weights have few: one that rounding turns right or wrong is a leap);
 - decoding: answers per second of `generate_trajectories` and of `evaluate_task`, and whether they equal those of one
   process;
 - checkpoints: the model in the box, saved halfway under one layout, resumed under another, and merged: how far losses
@@ -86,7 +87,7 @@ def build_trainer(job, model, rows, output_dir, **changes):
 
 
 def losses_of(trainer):
-    return [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
+    return [entry["trajectory_loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
 def random_rows(config, count, length):
@@ -310,7 +311,7 @@ def main():
     parser.add_argument("--length", type=int, help="tokens of a sequence; default: 384; box: 192")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--micro_batch", type=int, default=4, help="sequences of a GPU at a time")
-    parser.add_argument("--global_batch", type=int, default=32, help="sequences of a step")
+    parser.add_argument("--global_batch", type=int, default=64, help="sequences of a step, 64 as published")
     parser.add_argument("--steps", type=int, default=5, help="that count, after --warm_up that do not")
     parser.add_argument("--warm_up", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=256, help="that are answered")

@@ -92,7 +92,7 @@ def heads_and_tables(query_heads, key_heads, size, dtype, rows):
     heads = packed.unflatten(-1, (-1, size)).transpose(1, 2)
     positions = torch.randint(0, 500, (rows, 7), generator=torch.Generator().manual_seed(3)).to(DEVICE)
     tables = modeling_llada.rotary_tables(positions, size, 5e5)
-    return *heads.split((query_heads, key_heads, key_heads), dim=1), tables
+    return *heads.split((query_heads, key_heads, key_heads), dim=1), (tables.cos, tables.sin)
 
 
 @pytest.mark.parametrize("rows", [1, 2])

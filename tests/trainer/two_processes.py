@@ -16,7 +16,7 @@ from golden import CHECKPOINT
 from peft import LoraConfig
 from test_certainty_forcing_trainer import settings
 from test_masked_diffusion_trainer import rows
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoTokenizer
 
 from dparallel.trainer import CertaintyForcingTrainer, generate_trajectories
@@ -75,7 +75,21 @@ def shard(family, output_dir, tokenizer):
     rank = torch.distributed.get_rank()
     ids, length = batch["input_ids"][rank : rank + 1, :5], 8 + 8 * rank
     same = torch.equal(whole.generate(ids, max_new_tokens=length), sharded.generate(ids, max_new_tokens=length))
-    return {"losses": [loss.item() for loss in losses], "gradients": max(differences), "same_tokens": same}
+    # As training in bfloat16 shards it, with checkpoints: what a block gets must not lose precision on the way.
+    coarse, sharded = family.small().bfloat16(), family.small()
+    sharded.gradient_checkpointing_enable()
+    for block in sharded.get_submodule(family.blocks):
+        fully_shard(block, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    fully_shard(sharded, mp_policy=MixedPrecisionPolicy(torch.bfloat16))
+    ids = batch["input_ids"].repeat(1, 4)  # far positions, whose angles are large
+    logits = [model.train()(ids).logits for model in (coarse, sharded)]
+    logits[1].float().logsumexp(-1).mean().backward()
+    return {
+        "losses": [loss.item() for loss in losses],
+        "gradients": max(differences),
+        "same_tokens": same,
+        "bfloat16": (logits[0] - logits[1]).abs().max().item(),
+    }
 
 
 def shard_adapter(family, output_dir, tokenizer):

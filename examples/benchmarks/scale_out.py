@@ -127,7 +127,8 @@ def decoding(job, folder):
     settings = {"unmasking": "confidence", "max_new_tokens": job["answer"], "stop_at_eos": False}
     settings |= {"steps": job["answer"]}
     prompts = task.questions(split="validation", limit=job["prompts"]).remove_columns("row")
-    # So that the timed calls find libraries loaded and memory allocated.
+    # So that the timed calls find problems made, libraries loaded and memory allocated.
+    task.load()
     model.generate(torch.full((job["batch_size"], 64), 5, device=model.device), **settings)
 
     def timed(function):
@@ -151,7 +152,7 @@ def decoding(job, folder):
 
 
 def checkpoints(job, folder):
-    model = load("box", job["device"])
+    model = load("box", job["device"]).float()  # as FSDP2 keeps what it trains
     half = job["steps"] // 2
     rows = random_rows(model.config, job["global_batch"] * job["steps"], job["length"])
     trainer, _ = build_trainer(
@@ -199,6 +200,11 @@ def launch(layout, processes, folder, **job):
     return json.loads(row.read_text())
 
 
+def record(results, part, row, path):
+    results[part].append(row)
+    path.write_text(json.dumps(results, indent=1) + "\n")
+
+
 def difference(values, others):
     return max(abs(value - other) for value, other in zip(values, others, strict=True))
 
@@ -219,13 +225,13 @@ def measure_training(arguments, folder, results):
                 print(f"| {trains} | `{layout}` | {processes} | failed |||||", flush=True)
                 continue
             row |= {"trains": trains, "layout": layout, "processes": processes}
-            results["training"].append(row)
             reference = reference or row
             row["difference"] = difference(row["losses"], reference["losses"])
             efficiency, apart = "", "" if row is reference else f"{row['difference']:.1e}"
             if reference["layout"] == ALONE:
                 row["efficiency"] = row["tokens_per_second"] / processes / reference["tokens_per_second"]
                 efficiency = f"{row['efficiency']:.3f}"
+            record(results, "training", row, arguments.output)
             print(
                 f"| {trains} | `{layout}` | {processes} | {1000 * row['seconds']:.0f} | "
                 f"{row['tokens_per_second']:,.0f} | {efficiency} | {row['gibibytes']:.1f} | {apart} |",
@@ -251,7 +257,7 @@ def measure_decoding(arguments, folder, results):
         for name in ("trajectories_per_second", "evaluated_per_second"):
             row[name.replace("per_second", "efficiency")] = efficiency = row[name] / processes / alone[name]
             cells.append(f"{row[name]:.2f} | {efficiency:.3f}")
-        results["decoding"].append(row)
+        record(results, "decoding", row, arguments.output)
         same = "the same" if row["same_answers"] else "DIFFERENT"
         print(f"| `{layout}` | {processes} | {' | '.join(cells)} | {same} |", flush=True)
 
@@ -286,7 +292,7 @@ def measure_checkpoints(arguments, folder, results):
         farthest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
         row = {"trains": trains, "saved": saving, "resumed": resuming, "difference": farthest}
         row["losses_difference"] = difference(resumed[0], unbroken[0])
-        results["checkpoints"].append(row)
+        record(results, "checkpoints", row, arguments.output)
         print(
             f"| {trains} | `{saving}` | `{resuming}` | {row['losses_difference']:.1e} | {farthest:.1e} |", flush=True
         )
@@ -338,7 +344,6 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
             measures[part](arguments, Path(folder), results)
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -67,6 +67,34 @@ def test_the_training_benchmark_runs(tmp_path):
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
 
 
+@pytest.mark.slow
+def test_the_benchmark_of_several_devices_runs(tmp_path):
+    flags = "--shape box --processes 2 --steps 1 --warm_up 1 --global_batch 4 --micro_batch 2 --prompts 6 --answer 8"
+    command = [sys.executable, SCRIPT.with_name("scale_out.py"), *flags.split(), "--decoding_batch", "2"]
+    result = subprocess.run([*command, "--output", tmp_path / "out.json"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [row["processes"] for row in results["training"]] == [1, 2]
+    assert results["training"][1]["difference"] < 1e-4 and results["training"][1]["efficiency"] > 0
+    assert [row["same_answers"] for row in results["decoding"]] == [True, True]
+    (row,) = results["checkpoints"]
+    assert (row["saved"], row["resumed"]) == ("ddp", "single_gpu")
+    assert max(row["losses_difference"], row["difference"]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--processes 1", "--processes 1: it must be at least 2"),
+        ("--processes 2 --global_batch 6", "--global_batch 6: it must be a multiple of --micro_batch times"),
+    ],
+)
+def test_the_benchmark_of_several_devices_refuses(flags, message):
+    command = [sys.executable, SCRIPT.with_name("scale_out.py"), *flags.split()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 2 and message in result.stderr
+
+
 def test_the_table_of_caches_is_made(tmp_path):
     rows, _ = run(SCRIPT.parents[1] / "word_problems" / "caches.py", "--problems 3 --batch_size 3", tmp_path)
     by_name = {(row["model"], row["cache"]): row for row in rows}

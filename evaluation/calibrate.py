@@ -14,7 +14,6 @@ from accelerate import PartialState
 from dparallel.hub_cards.command_line import plain_errors
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
-from .evaluation import evaluate_task
 from .sweep import DEFAULT_GRID, fastest, number_of, sweep, to_table
 
 
@@ -40,8 +39,7 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
     points = []
     if bar is None:
         steps = arguments.get("max_new_tokens") or task.max_new_tokens
-        slow = {"unmasking": "confidence", "steps": steps}
-        points = [evaluate_task(task, model, tokenizer, Path(output_dir) / "slow", **arguments, **slow)]
+        points = sweep(task, model, tokenizer, Path(output_dir) / "slow", {"confidence": [steps]}, **arguments)
         bar = points[0].accuracy
     candidates = sweep(task, model, tokenizer, output_dir, {unmasking: thresholds}, **arguments)
     chosen = fastest(candidates, bar - margin - 1e-9)  # rounding must not decide

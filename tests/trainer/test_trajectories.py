@@ -87,11 +87,11 @@ def test_changes_are_noticed(family, reader, word_tokenizer, tmp_path):
 
     first = run(judge=lambda row: True)
     reader.generation_config.block_length = 8
-    with pytest.raises(ValueError, match="`generate` was"):
+    with pytest.raises(ValueError, match=r"settings: `generate\.block_length` was 32, is 8\. Choose another folder"):
         run()
     reader.generation_config.block_length = None
     for changes, name in (
-        ({"threshold": 0.8}, "`generate` was"),
+        ({"threshold": 0.8}, r"settings: `generate\.threshold` was 0\.\d+, is 0\.8\. Choose"),
         ({"seed": 1}, "`seed` was 0, is 1"),
         ({"rows": prompts(6)}, "`prompts` was"),
         ({"rows": prompts().map(lambda row: {"n": row["n"] + 1})}, "`prompts` was"),

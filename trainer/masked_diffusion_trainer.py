@@ -241,12 +241,12 @@ class MaskedDiffusionTrainer(Trainer):
         if resume_from_checkpoint is True:
             # Without one, Trainer says so.
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
-        if isinstance(resume_from_checkpoint, str) and self._is_elsewhere(resume_from_checkpoint):
+        if isinstance(resume_from_checkpoint, (str, Path)) and self._is_elsewhere(resume_from_checkpoint):
             layouts = layout_of(resume_from_checkpoint), self._layout
             if DEEPSPEED in layouts:
                 raise ValueError(
-                    f"`resume_from_checkpoint={resume_from_checkpoint!r}` was saved under {layouts[0]}, and this is "
-                    f"{layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
+                    f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` was saved under {layouts[0]}, and this "
+                    f"is {layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
                     f"{layouts[0]}, or start a new run from its weights."
                 )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

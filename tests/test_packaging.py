@@ -1,10 +1,13 @@
 """The wheel and the sdist hold every package, and the wheel works outside the checkout."""
 
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,6 +16,15 @@ def run(*command, **kwargs):
     result = subprocess.run([sys.executable, *command], capture_output=True, text=True, **kwargs)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
+
+
+def test_extras_have_names_that_every_pip_finds():
+    """Older ones look for an extra by the very name that the metadata has, which is the normalised one."""
+    text = (ROOT / "pyproject.toml").read_text()
+    extras = re.findall(r"^([\w.-]+) = \[", text.split("[project.optional-dependencies]")[1].split("\n\n")[0], re.M)
+    assert {"train", "eval", "lm-eval", "test"} == set(extras) == set(map(canonicalize_name, extras))
+    for extras in re.findall(r"\.\[([\w,.-]+)\]", (ROOT / "README.md").read_text()):
+        assert set(extras.split(",")) <= {"train", "eval", "lm-eval", "test"}
 
 
 def test_wheel_and_sdist(tmp_path):

@@ -8,7 +8,7 @@ under the other here, by PyTorch's distributed state dictionaries.
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.checkpoint.state_dict import (
@@ -46,7 +46,7 @@ def load_weights(model, checkpoint):
     """Load the safetensors of a checkpoint into a model, or into its adapter, sharded or not, on all processes.
 
     Raises:
-        ValueError: if there are none, or for weights that the model does not have.
+        ValueError: if there are none, for weights that the model does not have, and for trained ones that are missing.
     """
     name = "adapter_model" if isinstance(model, PeftModel) else "model"
     files = sorted(Path(checkpoint).glob(f"{name}*.safetensors"))
@@ -55,13 +55,23 @@ def load_weights(model, checkpoint):
             f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
             f"{name}.safetensors, as FSDP writes them with `fsdp_state_dict_type: FULL_STATE_DICT` only."
         )
-    known = {_saved_name(name, model): name for name in model.state_dict()}
+    known = {name: name for name in model.state_dict()}  # by the name that it is saved under
+    if isinstance(model, PeftModel):
+        known = get_peft_model_state_dict(model, known, model.active_adapter, save_embedding_layers=True)
     state = {}
     for file in files if _is_first() else []:
         state |= load_file(file)
     if unknown := sorted(set(state) - set(known)):
         raise ValueError(f"`resume_from_checkpoint={str(checkpoint)!r}` has weights that the model lacks: {unknown}.")
     state = {known[name]: tensor for name, tensor in state.items()}
+    if _is_first():
+        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is saved by one of its names
+        loaded = {id(parameters[name]) for name in state if name in parameters}
+        missing = [name for name, each in parameters.items() if each.requires_grad and id(each) not in loaded]
+        if missing:
+            raise ValueError(
+                f"`resume_from_checkpoint={str(checkpoint)!r}` lacks weights that the model trains: {missing}."
+            )
     set_model_state_dict(model, state, options=_options(strict=False))  # tied and frozen weights are not saved
 
 
@@ -91,14 +101,6 @@ def load_optimizer(model, optimizer, checkpoint):
         groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in state["param_groups"]]
         state = {"state": {name_of[n]: moments for n, moments in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, state, options=_options())
-
-
-def _saved_name(name, model):
-    """What a parameter is called in safetensors: peft leaves out the adapter."""
-    if not isinstance(model, PeftModel):
-        return name
-    adapter = model.active_adapter
-    return name.replace(f".modules_to_save.{adapter}.", ".").replace(f".{adapter}.", ".")
 
 
 def _is_first():

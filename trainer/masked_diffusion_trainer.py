@@ -63,6 +63,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     Any model trains that has `config.mask_token_id`, an attribute `logits_shift`, and a `forward(input_ids,
     attention_mask, logits_to_keep)` whose `logits_to_keep` takes positions of shape (B, M), as transformers' does.
+    Under DDP one with weights that a pass may leave out, as experts, needs `ddp_find_unused_parameters=True`.
 
     Args:
         model (`str` or `PreTrainedModel`): name or path for `AutoModelForCausalLM.from_pretrained`, or the model.

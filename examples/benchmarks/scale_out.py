@@ -32,16 +32,15 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import PartialState
-from datasets import Dataset
 from decoding import BOX, describe_machine, load
 from safetensors.torch import load_file
-from training import PROMPT_LENGTH, Stopwatch, adapter, any_tokenizer
+from training import PROMPT_LENGTH, adapter, build_trainer, random_rows
 from transformers import AutoTokenizer
 
 from dparallel.evaluation import evaluate_task
 from dparallel.evaluation.command_line import find_task
 from dparallel.hub_cards import merge_adapter
-from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+from dparallel.trainer import generate_trajectories
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 TASK = f"{BOX.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
@@ -58,52 +57,34 @@ RESUMED = (
 # --- what is launched ------------------------------------------------------------------------------------------------
 
 
-def build_trainer(job, model, rows, output_dir, **changes):
+def global_batches(job, model, steps, output_dir, **settings):
     """A trainer whose global batch does not depend on the number of processes, and its stopwatch."""
-    is_gpu, stopwatch = torch.cuda.is_available(), Stopwatch()
-    config = CertaintyForcingConfig(
-        output_dir=output_dir,
-        max_length=job["length"],
-        masking="block",
-        certainty_weight=2.0,
-        per_device_train_batch_size=job["micro_batch"],
-        gradient_accumulation_steps=job["global_batch"] // job["micro_batch"] // PartialState().num_processes,
-        bf16=is_gpu,
-        use_cpu=not is_gpu,
-        logging_steps=1,
-        report_to="none",
-        disable_tqdm=True,
-        **changes,
-    )
-    trainer = CertaintyForcingTrainer(
+    rows = random_rows(model.config, job["global_batch"] * steps, job["length"])
+    return build_trainer(
         model,
-        config,
-        train_dataset=rows,
-        processing_class=any_tokenizer(model.config),
-        callbacks=[stopwatch],
-        peft_config=adapter(job["rank"]) if job["trains"] == "LoRA" else None,
+        rows,
+        output_dir,
+        job["micro_batch"],
+        adapter(job["rank"]) if job["trains"] == "LoRA" else None,
+        prompt_length=min(PROMPT_LENGTH, job["length"] // 2),
+        max_steps=steps,
+        gradient_accumulation_steps=job["global_batch"] // job["micro_batch"] // PartialState().num_processes,
+        logging_steps=1,
+        **settings,
     )
-    return trainer, stopwatch
 
 
 def losses_of(trainer):
     return [entry["trajectory_loss"] for entry in trainer.state.log_history if "grad_norm" in entry]
 
 
-def random_rows(config, count, length):
-    torch.manual_seed(0)
-    ids = torch.randint(5, config.vocab_size // 2, (count, length)).tolist()
-    return Dataset.from_list([{"input_ids": row, "prompt_length": min(PROMPT_LENGTH, length // 2)} for row in ids])
-
-
 def training(job, folder):
     model = load(job["shape"], job["device"])
     model.config.use_cache = False
     steps = job["warm_up"] + job["steps"]
-    rows = random_rows(model.config, job["global_batch"] * steps, job["length"])
-    trainer, stopwatch = build_trainer(
-        job, model, rows, folder, max_steps=steps, save_strategy="no",
-        gradient_checkpointing=job["trains"] == "all weights", learning_rate=1e-4,
+    trainer, stopwatch = global_batches(
+        job, model, steps, folder, save_strategy="no", gradient_checkpointing=job["trains"] == "all weights",
+        learning_rate=1e-4,
     )  # fmt: skip
     if job["device"] == "cuda":
         torch.cuda.empty_cache()
@@ -154,9 +135,8 @@ def decoding(job, folder):
 def checkpoints(job, folder):
     model = load("box", job["device"]).float()  # as FSDP2 keeps what it trains
     half = job["steps"] // 2
-    rows = random_rows(model.config, job["global_batch"] * job["steps"], job["length"])
-    trainer, _ = build_trainer(
-        job, model, rows, folder, max_steps=job["steps"], save_strategy="steps", save_steps=half, learning_rate=1e-3,
+    trainer, _ = global_batches(
+        job, model, job["steps"], folder, save_strategy="steps", save_steps=half, learning_rate=1e-3,
         lr_scheduler_type="linear",
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=job["resume"])
@@ -179,8 +159,10 @@ def launched(arguments):
 # --- what launches ---------------------------------------------------------------------------------------------------
 
 
-def launch(layout, processes, folder, **job):
-    """What a job gives under a layout; None, and the end of its output, if it fails."""
+def launch(layout, arguments, folder, **job):
+    """What a job gives under a layout, with that and its number of processes; None, and the end of its output, if it
+    fails."""
+    processes = 1 if layout == ALONE else arguments.processes
     job |= {"folder": str(folder), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     row = Path(folder).with_suffix(".json")
     if torch.cuda.is_available():
@@ -189,7 +171,7 @@ def launch(layout, processes, folder, **job):
         launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     if layout == ALONE:
-        environment["CUDA_VISIBLE_DEVICES"] = "0"
+        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     command = [sys.executable, "-m", *launcher, processes, __file__, "--job", json.dumps(job), "--row", row]
     process = subprocess.run(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -197,7 +179,7 @@ def launch(layout, processes, folder, **job):
     if process.returncode or not row.exists():
         print(f"{layout} failed:\n{process.stdout[-3000:]}", file=sys.stderr, flush=True)
         return None
-    return json.loads(row.read_text())
+    return {**json.loads(row.read_text()), "layout": layout, "processes": processes}
 
 
 def record(results, part, row, path):
@@ -219,12 +201,11 @@ def measure_training(arguments, folder, results):
         for layout in layouts:
             if layout not in arguments.layouts or trains not in arguments.trains:
                 continue
-            processes = 1 if layout == ALONE else arguments.processes
-            row = launch(layout, processes, folder / f"{trains}-{layout}", part="training", trains=trains, **job)
+            row = launch(layout, arguments, folder / f"{trains}-{layout}", part="training", trains=trains, **job)
             if row is None:
-                print(f"| {trains} | `{layout}` | {processes} | failed |||||", flush=True)
+                print(f"| {trains} | `{layout}` | failed ||||||", flush=True)
                 continue
-            row |= {"trains": trains, "layout": layout, "processes": processes}
+            row["trains"], processes = trains, row["processes"]
             reference = reference or row
             row["difference"] = difference(row["losses"], reference["losses"])
             efficiency, apart = "", "" if row is reference else f"{row['difference']:.1e}"
@@ -242,18 +223,18 @@ def measure_training(arguments, folder, results):
 def measure_decoding(arguments, folder, results):
     print("\n| | processes | trajectories/s | efficiency | evaluated/s | efficiency | answers |")
     print("| --- " * 7 + "|", flush=True)
-    alone = None
-    for layout, processes in ((ALONE, 1), ("ddp", arguments.processes)):
+    for layout in (ALONE, "ddp"):
         row = launch(
-            layout, processes, folder / f"decoding-{processes}", part="decoding", shape=arguments.shape,
+            layout, arguments, folder / f"decoding-{layout}", part="decoding", shape=arguments.shape,
             prompts=arguments.prompts, batch_size=arguments.decoding_batch, answer=arguments.answer,
         )  # fmt: skip
         if row is None:
-            continue
-        answers, alone = row.pop("answers"), alone or {**row, "answers": None}
-        alone["answers"] = alone["answers"] or answers
-        row |= {"processes": processes, "same_answers": answers == alone["answers"]}
-        cells = []
+            print(f"| `{layout}` | failed ||||||", flush=True)
+            return  # without one process there is nothing to compare with
+        answers, processes = row.pop("answers"), row["processes"]
+        if layout == ALONE:
+            alone, expected = row, answers
+        row["same_answers"], cells = answers == expected, []
         for name in ("trajectories_per_second", "evaluated_per_second"):
             row[name.replace("per_second", "efficiency")] = efficiency = row[name] / processes / alone[name]
             cells.append(f"{row[name]:.2f} | {efficiency:.3f}")
@@ -272,8 +253,7 @@ def measure_checkpoints(arguments, folder, results):
     def run(trains, layout, name, resume=None):
         """Losses and the folder of a run."""
         where = folder / name
-        processes = 1 if layout == ALONE else arguments.processes
-        row = launch(layout, processes, where, trains=trains, resume=resume and str(resume), **job)
+        row = launch(layout, arguments, where, trains=trains, resume=resume and str(resume), **job)
         return row and (row["losses"], where)
 
     for trains, saving, resuming in RESUMED:

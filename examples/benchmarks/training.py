@@ -92,35 +92,55 @@ class Stopwatch(TrainerCallback):
         self.times.append(time.perf_counter() - self.start)
 
 
-def trainer_steps(model, rows, arguments, tokenizer, output_dir):
-    """Seconds of each step."""
-    stopwatch, examples = Stopwatch(), [{"input_ids": row, "prompt_length": PROMPT_LENGTH} for row in rows.tolist()]
-    blocks, captured, checkpointing = (word in arguments.kind for word in ("blocks", "captured", "checkpointing"))
-    if blocks:
-        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
+def random_rows(config, count, length):
+    """Token ids (count, length), the same in each process."""
+    torch.manual_seed(0)
+    return torch.randint(5, config.vocab_size // 2, (count, length))
+
+
+def build_trainer(model, rows, output_dir, micro_batch, peft_config, prompt_length=PROMPT_LENGTH, **settings):
+    """A trainer with the published losses for token ids (N, T), and its stopwatch."""
+    is_gpu, stopwatch = torch.cuda.is_available(), Stopwatch()
     config = CertaintyForcingConfig(
         output_dir=output_dir,
-        max_length=arguments.length,
+        max_length=rows.shape[1],
         masking="block",
         certainty_weight=2.0,
-        per_device_train_batch_size=arguments.micro_batch,
-        max_steps=arguments.warm_up + arguments.steps,
-        bf16=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=checkpointing,
-        torch_compile=blocks or captured,
-        torch_compile_mode="reduce-overhead" if captured else None,  # forward and backward as CUDA graphs
-        save_strategy="no",
+        per_device_train_batch_size=micro_batch,
+        bf16=is_gpu,
+        use_cpu=not is_gpu,
         report_to="none",
         disable_tqdm=True,
+        **settings,
     )
+    examples = [{"input_ids": row, "prompt_length": prompt_length} for row in rows.tolist()]
     trainer = CertaintyForcingTrainer(
         model,
         config,
         train_dataset=Dataset.from_list(examples),
-        processing_class=tokenizer,
+        processing_class=any_tokenizer(model.config),
         callbacks=[stopwatch],
-        peft_config=adapter(arguments.rank),
+        peft_config=peft_config,
+    )
+    return trainer, stopwatch
+
+
+def trainer_steps(model, rows, arguments, output_dir):
+    """Seconds of each step."""
+    blocks, captured, checkpointing = (word in arguments.kind for word in ("blocks", "captured", "checkpointing"))
+    if blocks:
+        os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
+    trainer, stopwatch = build_trainer(
+        model,
+        rows,
+        output_dir,
+        arguments.micro_batch,
+        adapter(arguments.rank),
+        max_steps=arguments.warm_up + arguments.steps,
+        gradient_checkpointing=checkpointing,
+        torch_compile=blocks or captured,
+        torch_compile_mode="reduce-overhead" if captured else None,  # forward and backward as CUDA graphs
+        save_strategy="no",
     )
     trainer.train()
     return stopwatch.times
@@ -146,8 +166,7 @@ def measure(arguments):
     model = load(arguments.shape, device)
     model.config.use_cache = False
     count = arguments.micro_batch * (arguments.warm_up + arguments.steps)
-    torch.manual_seed(0)
-    rows = torch.randint(5, model.config.vocab_size // 2, (count, arguments.length))
+    rows = random_rows(model.config, count, arguments.length)
     row = {"kind": arguments.kind, "micro_batch": arguments.micro_batch, "floor": floor(model, ceilings, arguments)}
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -157,7 +176,7 @@ def measure(arguments):
             times = plain_steps(model, rows, arguments)
         else:
             with tempfile.TemporaryDirectory() as folder:
-                times = trainer_steps(model, rows, arguments, any_tokenizer(model.config), folder)
+                times = trainer_steps(model, rows, arguments, folder)
         row |= {"seconds": statistics.median(times[arguments.warm_up :]), "first": times[0]}
     except torch.OutOfMemoryError:
         row |= {"seconds": None, "first": None}

@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from families import FAMILIES
 from golden import CHECKPOINT
+from peft import LoraConfig, get_peft_model
 from test_generation import ShiftedConfig, ShiftedModel
 from torch.nn import functional as F
 from transformers import TrainingArguments
@@ -18,6 +19,7 @@ from dparallel.trainer import (
     MaskedDiffusionTrainer,
     last_complete_checkpoint,
 )
+from dparallel.trainer.checkpoints import load_weights
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
@@ -292,6 +294,32 @@ def test_checkpoints_that_cannot_go_on_here(tmp_path, word_tokenizer, make_train
     (foreign / "global_step1").mkdir()
     with pytest.raises(ValueError, match="was saved under DeepSpeed, and this is one device or DDP"):
         trainer.train(resume_from_checkpoint=str(foreign))
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoRA of the embedding", "LoRA and the head"])
+def test_weights_of_adapters_are_found(family, tmp_path, kind):
+    """By the names that peft saves them under, which are not plain for every kind."""
+    embedding, head = (name.rsplit(".", 1)[-1] for name in (family.embedding, family.head))
+    targets = ["q_proj", embedding] if kind == "LoRA of the embedding" else ["q_proj"]
+    config = LoraConfig(
+        r=2, target_modules=targets, use_dora=kind == "DoRA", modules_to_save=[head] if "head" in kind else None
+    )
+    saved, other = (get_peft_model(family.small(), config) for _ in range(2))
+    with torch.no_grad():
+        for parameter in saved.parameters():
+            parameter.add_(parameter.requires_grad * torch.rand_like(parameter))
+    saved.save_pretrained(tmp_path)
+    load_weights(other, tmp_path)
+    for one, two in zip(saved.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_with_a_missing_file_is_refused(small_model, tmp_path):
+    small_model().save_pretrained(tmp_path, max_shard_size="50KB")
+    load_weights(small_model(seed=5), tmp_path)
+    sorted(tmp_path.glob("model-*.safetensors"))[-1].unlink()
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint=.*` lacks weights that the model trains: \["):
+        load_weights(small_model(seed=5), tmp_path)
 
 
 def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_trainer):

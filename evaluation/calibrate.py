@@ -12,8 +12,10 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.measurements import RESULTS_FILE
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
+from .evaluation import write_measurements
 from .sweep import DEFAULT_GRID, fastest, number_of, sweep, to_table
 
 
@@ -67,24 +69,24 @@ def main():
                 f"`{wrong}` is not allowed: a merged model's folder is wanted, to write the threshold there."
             )
         task = find_task(arguments.task)
-        model, tokenizer = load_model(arguments)
+        data = data_arguments(arguments)
+        model, tokenizer = load_model(arguments, task)
         chosen, points = calibrate(
             task, model, tokenizer, arguments.output_dir, arguments.policy,
             arguments.thresholds or DEFAULT_GRID[arguments.policy], margin=arguments.margin, bar=arguments.bar,
-            **data_arguments(arguments),
+            **data,
         )  # fmt: skip
         if not PartialState().is_main_process:
             return
-        print(to_table(points))
+        write_measurements(points, arguments.output_dir / RESULTS_FILE)
+        print(f"{to_table(points)}\n\nIn {arguments.output_dir}: results.json, and all answers.")
         if chosen is None:
             raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
         name = number_of(arguments.policy)
         settings = {"threshold": None, "steps": None, name: chosen.decoding[name]}
         model.generation_config.update(unmasking=arguments.policy, **settings)
         model.generation_config.save_pretrained(arguments.model)
-        print(
-            f"\n{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
-        )
+        print(f"{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json.")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.model_card import check_folder_or_hub_id
 from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
 
 from .evaluation import evaluate_task
@@ -44,27 +45,39 @@ def find_task(name) -> Task:
 def add_model_arguments(parser):
     parser.add_argument("--model", required=True, help="Hub id or folder")
     parser.add_argument("--adapter", help="Hub id or folder of a LoRA adapter for it, which is not merged")
-    parser.add_argument("--dtype", help="default: as saved on a GPU, float32 on a CPU")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", choices=dtypes, help="default: auto, as saved, on a GPU, float32 on a CPU")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the repository's own Python code")
 
 
 def add_data_arguments(parser):
     parser.add_argument("--data", help="JSON-lines file, or folder of them, instead of the Hub (also DPARALLEL_DATA)")
-    parser.add_argument("--split", help="default: test")
+    parser.add_argument("--split", help="default: the one that is published, test")
     parser.add_argument("--limit", type=int, help="the first so many questions")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer")
-    parser.add_argument("--batch-size", type=int, default=16, help="at most --shard-size")
+    parser.add_argument("--batch-size", type=int, help="default: 16; a batch is of one shard")
     parser.add_argument("--shard-size", type=int, default=32, help="questions that are saved together")
 
 
-def data_arguments(arguments) -> dict:
-    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size", "shard_size")
+def _given(arguments, *names) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def load_model(arguments):
-    """A model for decoding, on the device of this process, and its tokenizer."""
+def data_arguments(arguments) -> dict:
+    if arguments.batch_size is not None and arguments.batch_size > arguments.shard_size:
+        allowed = f"a batch is of one shard, so it must be at most --shard-size, {arguments.shard_size}"
+        raise ValueError(f"`batch_size={arguments.batch_size}` is not allowed: {allowed}.")
+    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size", "shard_size")
+    return _given(arguments, *names)
+
+
+def load_model(arguments, task):
+    """A model for decoding, on the device of this process, and its tokenizer; after a look whether the task's data are
+    there, which takes less time."""
+    for name, value in _given(arguments, "model", "adapter").items():
+        check_folder_or_hub_id(name, value)
+    task.questions(**_given(arguments, "data", "split", "limit", "num_fewshot"))
     is_gpu = torch.cuda.is_available()
     device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
     kept = {"trust_remote_code": arguments.trust_remote_code}
@@ -78,8 +91,8 @@ def load_model(arguments):
 
 def table_row(measurement, model) -> str:
     return (
-        f"| {measurement.task}, {measurement.num_examples} | {model} | {measurement.settings} | {measurement.nfe:.1f} "
-        f"| {measurement.tpf:.2f} | {100 * measurement.accuracy:.1f} |"
+        f"| {measurement.task}{measurement.shots}, {measurement.num_examples} | {model} | {measurement.settings} "
+        f"| {measurement.nfe:.1f} | {measurement.tpf:.2f} | {100 * measurement.accuracy:.1f} |"
     )
 
 
@@ -104,11 +117,12 @@ def evaluate_from_command_line(task):
     parser.add_argument("--output-dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
     arguments = parser.parse_args()
     names = [action.dest for action in decoding._group_actions]
-    settings = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    settings = _given(arguments, *names)
 
     with plain_errors(ValueError, OSError):
-        model, tokenizer = load_model(arguments)
-        result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data_arguments(arguments), **settings)
+        data = data_arguments(arguments)
+        model, tokenizer = load_model(arguments, task)
+        result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data, **settings)
     if PartialState().is_main_process:
         print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
         print(f"In {arguments.output_dir}: results.json and samples.jsonl.")

@@ -53,8 +53,8 @@ def evaluate_task(
         model (`PreTrainedModel`), tokenizer (`PreTrainedTokenizerBase`): on its device.
         output_dir (`str` or `Path`): of this evaluation alone.
         split, data, limit, num_fewshot: see `Task.questions`.
-        batch_size (`int`): questions in a batch, of one shard. It may change between runs; answers do not depend on
-            it, but for rounding.
+        batch_size (`int`): questions in a batch, of one shard, so `shard_size` at most. It may change between runs;
+            answers do not depend on it, but for rounding.
         shard_size (`int`): questions that are saved together.
         decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
             task.
@@ -63,13 +63,12 @@ def evaluate_task(
         ValueError: for wrong arguments, or if `output_dir` holds answers of another evaluation.
         PermissionError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
     """
+    check_decoding(model, decoding)
     if task.runs_code:
         run_tests("", "assert True")  # so that it is now said if programs may not, or cannot, be run here
     questions = task.questions(split=split, data=data, limit=limit, num_fewshot=num_fewshot)
     if tokenizer.chat_template is None:
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
-    if batch_size < 1:
-        raise ValueError(f"`batch_size={batch_size!r}` is not allowed: it must be at least 1.")
     settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
     output_dir, start = Path(output_dir), time.perf_counter()
     is_new, where = not any((output_dir / "answers").glob("shard-*")), _where_it_began(output_dir)
@@ -86,6 +85,7 @@ def evaluate_task(
         dataset=task.dataset,
         split=split or task.split,
         num_examples=len(rows),
+        num_fewshot=task.num_fewshot if num_fewshot is None else num_fewshot,
         decoding=decoding,
         accuracy=sum(rows["correct"]) / len(rows),
         **DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens),
@@ -106,6 +106,20 @@ def evaluate_task(
             (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
     PartialState().wait_for_everyone()
     return measurement
+
+
+def check_decoding(model, decoding):
+    """Refuse arguments of `generate()` that it would refuse, and such as have no effect: a table would show them.
+
+    Raises:
+        ValueError: naming the argument, its value and what is allowed.
+    """
+    config, _ = model._prepare_generation_config(None, **decoding)
+    model._check_config(config, {})
+    model._check_filter(None, config, model.device)
+    for name, why in config.ignored().items():
+        if name in decoding:
+            raise ValueError(f"`{name}={decoding[name]!r}` is not allowed: {why}, so it would have no effect.")
 
 
 def _where_it_began(output_dir):

@@ -10,13 +10,23 @@ All arguments are the harness's own; `--model_args` also takes what `generate()`
 harness's cache.
 """
 
-import lm_eval.models  # noqa: F401  (its own models are registered first)
+import sys
+
+try:
+    import lm_eval.models  # noqa: F401  (its own models are registered first)
+except ModuleNotFoundError as error:
+    if error.name != "lm_eval":
+        raise
+    sys.exit('lm-evaluation-harness is not installed: `pip install ".[lm-eval]"`')
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
+from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.model_card import check_folder_or_hub_id
 
+from .evaluation import check_decoding
 from .metrics import DecodingEfficiency
 
 DECODING = (
@@ -38,10 +48,15 @@ class DiffusionLM(HFLM):
         unmasking, threshold, steps, ...: arguments of `generate()`; what is not given is as the checkpoint has it.
     """
 
-    def __init__(self, pretrained, **arguments):
+    def __init__(self, pretrained=None, **arguments):
+        if pretrained is None:
+            raise ValueError("`pretrained=None` is not allowed: name a model, `--model_args pretrained=user/repo`.")
+        if isinstance(pretrained, str):
+            check_folder_or_hub_id("pretrained", pretrained)
         self.decoding = {name: arguments.pop(name) for name in DECODING if name in arguments}
         self.efficiency, self._counts = {}, []
         super().__init__(pretrained, backend="causal", **arguments)
+        check_decoding(self.model, self.decoding)
 
     def generate_until(self, requests, disable_tqdm=False):
         answers = {}
@@ -70,4 +85,5 @@ class DiffusionLM(HFLM):
 
 
 if __name__ == "__main__":
-    cli_evaluate()
+    with plain_errors(ValueError, OSError, NotImplementedError):
+        cli_evaluate()

@@ -18,7 +18,7 @@ from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.modeling import POLICIES
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
-from .evaluation import evaluate_task, seconds_of, write_measurements
+from .evaluation import check_decoding, evaluate_task, seconds_of, write_measurements
 from .metrics import accuracy_under_parallelism
 
 DEFAULT_GRID = {
@@ -72,7 +72,7 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
         for value in grid[unmasking]
     ]
     for decoding in decodings:
-        model._prepare_generation_config(None, **decoding)  # a wrong one is refused before the first is decoded
+        check_decoding(model, decoding)  # before the first is decoded
     points = []
     for decoding in decodings:
         folder = Path(output_dir) / "-".join(map(str, decoding.values()))
@@ -128,7 +128,7 @@ def plot(lines, path, title, bar=None):
     if any(point.seconds is None for point in points):
         del shown["seconds"]
     best = 100 * max(point.accuracy for point in points)
-    figure = Figure(figsize=(5.5 * len(shown), 4.5) if len(shown) > 1 else (8, 5), layout="constrained")
+    figure = Figure(figsize=(5.5 * len(shown), 5) if len(shown) > 1 else (8, 5.5), layout="constrained")
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, label) in zip(panels, shown.items(), strict=True):
         axes.set_prop_cycle(
@@ -145,7 +145,8 @@ def plot(lines, path, title, bar=None):
         axes.xaxis.set_minor_formatter("{x:g}")
         axes.tick_params(axis="x", which="both", labelsize=8)
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=8, loc="lower right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2 * len(shown), frameon=False)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=130)
 
@@ -163,9 +164,9 @@ def main():
     with plain_errors(ValueError, OSError):
         grid = parse_grid(arguments.decoding) if arguments.decoding else DEFAULT_GRID
         task = find_task(arguments.task)
-        model, tokenizer = load_model(arguments)
-        folder = arguments.output_dir
-        points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data_arguments(arguments))
+        folder, data = arguments.output_dir, data_arguments(arguments)
+        model, tokenizer = load_model(arguments, task)
+        points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data)
         if not PartialState().is_main_process:
             return
         first = points[0]

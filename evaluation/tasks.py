@@ -39,7 +39,7 @@ class Task:
         is_right (`Callable[[dict, str], bool]`): is this text the answer to the row?
         columns (tuple of `str`): that a row must have.
         files (dict): split -> name of a local file of its rows, in a folder that `--data` or the environment variable
-            DPARALLEL_DATA names.
+            DPARALLEL_DATA names. Where it is empty, any split may be read from a file, and none from a folder.
         keep (dict): split -> which rows of that file are its own.
         example_split (`str`), first_example (`int`), num_fewshot (`int`): where examples come from, from which on, and
             how many there are by default.
@@ -66,21 +66,18 @@ class Task:
     runs_code: bool = False
 
     def load(self, split=None, data=None) -> Dataset:
-        """The rows of a split: from a local file, if there is one, else from the Hub.
+        """The rows of a split: from `data` or the folder DPARALLEL_DATA, if either is given, else from the Hub.
 
         Args:
             split (`str`, *optional*): by default the one that is evaluated.
             data (`str` or `Path`, *optional*): a JSON-lines file, or a folder of `files`.
 
         Raises:
-            ValueError: if there is no such file, or rows lack a column.
+            ValueError: if there is no such file or split, or rows lack a column.
         """
         split = split or self.split
         path = self._local_file(split, data)
         if path is not None:
-            if not path.is_file():
-                source = f"`data={str(data)!r}`" if data else f"{DATA_VARIABLE}={os.environ[DATA_VARIABLE]}"
-                raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
             rows = [
                 self._parse(line, path, i) for i, line in enumerate(path.read_text().split("\n"), 1) if line.strip()
             ]
@@ -103,12 +100,19 @@ class Task:
             raise ValueError(f"Line {number} of {path} is no JSON: {error}.") from error
 
     def _local_file(self, split, data):
-        folder = Path(data or os.environ.get(DATA_VARIABLE) or "")
-        if not folder.name or (data is None and not folder.is_dir()):
+        """The file of a split, or None if the Hub is to be asked."""
+        if data is None and not (self.files and os.environ.get(DATA_VARIABLE)):
             return None
-        if folder.is_dir():
-            return folder / self.files[split] if split in self.files else None
-        return folder
+        path = Path(os.environ[DATA_VARIABLE] if data is None else data)
+        source = f"{DATA_VARIABLE}={str(path)!r}" if data is None else f"`data={str(data)!r}`"
+        if self.files and split not in self.files:
+            allowed = f"it must be one of {sorted(self.files)}"
+            raise ValueError(f"`split={split!r}` is not allowed for {self.name} from {source}: {allowed}.")
+        if split in self.files and (data is None or path.is_dir()):
+            path = path / self.files[split]
+        if not path.is_file():
+            raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
+        return path
 
     def questions(self, *, split=None, data=None, limit=None, num_fewshot=None) -> Dataset:
         """What is asked: the columns `prompt` (messages of one user) and `row` (JSON).
@@ -119,9 +123,12 @@ class Task:
             num_fewshot (`int`, *optional*): examples before the question; by default the task's.
         """
         count = self.num_fewshot if num_fewshot is None else num_fewshot
-        if count < 0 or (count and self.solve is None):
-            raise ValueError(f"`num_fewshot={count!r}` is not allowed for {self.name}: it must be at least 0"
-                             f"{' and, as it has no examples, no more' if self.solve is None else ''}.")  # fmt: skip
+        if count < 0:
+            raise ValueError(f"`num_fewshot={count!r}` is not allowed: it must be at least 0.")
+        if count and self.solve is None:
+            raise ValueError(
+                f"`num_fewshot={count!r}` is not allowed for {self.name}, which has no examples: only 0 is."
+            )
         if limit is not None and limit < 1:
             raise ValueError(f"`limit={limit!r}` is not allowed: it must be at least 1.")
         rows, shots = self.load(split, data), []

@@ -26,6 +26,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unse
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from dparallel.hub_cards import merge_adapter
+from dparallel.hub_cards.command_line import plain_errors
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, last_complete_checkpoint
 
 
@@ -103,4 +104,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors(ValueError, OSError):
+        main()

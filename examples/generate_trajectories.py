@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from dparallel.evaluation.command_line import load_from_file
+from dparallel.hub_cards.command_line import plain_errors
 from dparallel.trainer import generate_trajectories
 
 
@@ -113,4 +114,5 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    with plain_errors(ValueError, OSError):
+        main()

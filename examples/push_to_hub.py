@@ -9,9 +9,9 @@
 import sys
 
 from dparallel.hub_cards import push_model
+from dparallel.hub_cards.command_line import run_push
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
-    source, repo_id = sys.argv[1:]
-    print(push_model(source, repo_id).commit_url)
+    run_push(push_model, dict(zip(("model", "repo_id"), sys.argv[1:], strict=True)))

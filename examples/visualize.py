@@ -18,6 +18,8 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from quickstart import ANSWER_LENGTH, MODELS, own_decoding
 
 import dparallel.modeling  # registers the models: official repositories' own code is older  # noqa: F401
+from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.model_card import check_folder_or_hub_id
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 DEFAULT_DECODING = {"unmasking": "confidence_threshold", "threshold": 0.9}
@@ -199,10 +201,10 @@ def main():
     parser.add_argument("--prompt", help="default: a held-out word problem")
     parser.add_argument("--max-new-tokens", type=int, help="default: the model's own")
     parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
-    parser.add_argument("--picture", type=Path, default=Path("decoding.png"), help="the picture; needs matplotlib")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    parser.add_argument("--picture", type=Path, help="the picture, beside the page by default; needs matplotlib")
+    parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
     arguments = parser.parse_args()
+    arguments.picture = arguments.picture or arguments.output.with_suffix(".png")
     if arguments.prompt is None:
         arguments.prompt = next(iter(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))).question
     if not arguments.prompt.strip():
@@ -219,9 +221,11 @@ def main():
     length = {} if arguments.max_new_tokens is None else {"max_new_tokens": arguments.max_new_tokens}
     traces = []
     for name, path in models.items():
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
-        model = model.to(arguments.device).eval()
+        with plain_errors(ValueError, OSError):
+            check_folder_or_hub_id("model", path)
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
+        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         own = own_decoding(model) or DEFAULT_DECODING
         for given in decodings[name]:
             decoding = given if "unmasking" in given else {**own, **given}

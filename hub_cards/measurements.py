@@ -26,6 +26,7 @@ class Measurement:
         tpf (`float`): tokens up to and including the end-of-text, of all examples, over all passes.
         hardware, date, versions (`str`): where and when it was measured, and with what.
         seconds (`float`, *optional*): that all examples took together.
+        num_fewshot (`int`, *optional*): solved examples before each question.
         model (`str`, *optional*): another model that was measured for comparison; the model itself if unset.
     """
 
@@ -41,7 +42,13 @@ class Measurement:
     date: str
     versions: str
     seconds: float | None = None
+    num_fewshot: int | None = None
     model: str | None = None
+
+    @property
+    def shots(self) -> str:
+        """ ", 3-shot", to stand behind the task, or nothing."""
+        return f", {self.num_fewshot}-shot" if self.num_fewshot else ""
 
     @property
     def settings(self) -> str:
@@ -63,7 +70,9 @@ def load_measurements(path) -> list[Measurement]:
     path = Path(path)
     try:
         entries = json.loads(path.read_text())["measurements"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except FileNotFoundError as error:
+        raise ValueError(f"`results={str(path)!r}` is not allowed: there is no such file.") from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`results={str(path)!r}` must be a JSON file with a list `measurements`.") from error
     known = {field.name for field in fields(Measurement)}
     required = {field.name for field in fields(Measurement) if field.default is MISSING}
@@ -92,6 +101,7 @@ def eval_results(measurements) -> list[EvalResult]:
             metric_name=f"{name}, {each.settings}".replace("`", ""),
             metric_value=value,
             metric_args=dict(each.decoding),
+            dataset_args=None if each.num_fewshot is None else {"num_few_shot": each.num_fewshot},
         )
         for each in measurements
         if each.model is None

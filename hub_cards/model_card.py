@@ -177,6 +177,14 @@ def is_hub_id(name) -> bool:
     return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
 
 
+def check_folder_or_hub_id(name, value):
+    """Raises `ValueError` where an argument of this name is neither."""
+    if not Path(value).is_dir() and not is_hub_id(value):
+        raise ValueError(
+            f"`{name}={str(value)!r}` is not allowed: there is no such folder, and a Hub id is 'user/name'."
+        )
+
+
 def _name(path):
     """Of a model that is no Hub id: the last part of its path, which says nothing of the machine."""
     return f"`{Path(path).name}`" if path and Path(path).name else ""

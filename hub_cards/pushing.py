@@ -20,7 +20,7 @@ import dparallel.modeling  # also registers the model families with AutoModelFor
 from .dataset_card import dataset_card
 from .measurements import RESULTS_FILE, load_measurements
 from .merge import merge_adapter
-from .model_card import HUB_ID, TRAINING_FILE, is_hub_id, model_card, usage_snippet
+from .model_card import HUB_ID, TRAINING_FILE, check_folder_or_hub_id, is_hub_id, model_card, usage_snippet
 from .upload import files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)
@@ -125,12 +125,8 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
 
 def _download(model):
     """A folder or Hub id to a folder."""
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if not is_hub_id(model):
-        raise ValueError(f"`model={str(model)!r}` is not allowed: it must be a model, a folder, or a Hub id.")
-    return Path(snapshot_download(str(model)))
+    check_folder_or_hub_id("model", model)
+    return Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
 
 
 def _find_tokenizer(model, source, base_model):
@@ -169,7 +165,9 @@ def _warn_of_edits(model, folder):
     beside = Path(model) if isinstance(model, (str, Path)) else None
     for path in sorted(beside.glob("*.py")) if beside is not None and beside.is_dir() else []:
         if (folder / path.name).exists() and _differ(path, folder / path.name):
-            logger.warning(f"{path} was edited: the installed dparallel's {path.name} is pushed instead of it.")
+            logger.warning(
+                f"{path} differs from the installed dparallel's {path.name}, which is pushed instead of it."
+            )
 
 
 def _differ(path, other):

@@ -159,5 +159,6 @@ def _in_plain_words(error, repo_id):
     if status == 412:
         return RuntimeError(f"Somebody committed to {repo_id} during this push. {again}")
     if _is_passing(error):
-        return RuntimeError(f"The Hub failed again and again ({_reason(error)}) on the way to {repo_id}. {again}")
+        what = "failed" if status else "could not be reached"
+        return RuntimeError(f"The Hub {what} ({_reason(error)}) on the way to {repo_id}. {again}")
     return None

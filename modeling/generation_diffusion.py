@@ -182,6 +182,21 @@ class DiffusionGenerationConfig(GenerationConfig):
     def to_diff_dict(self):
         return {key: value for key, value in super().to_diff_dict().items() if value is not None}
 
+    def ignored(self) -> dict[str, str]:
+        """Settings that have no effect beside the others: name -> why."""
+        unmasking = self.unmasking or DEFAULTS["unmasking"]
+        is_scheduled, is_cached = POLICIES[unmasking].is_scheduled, self.block_cache not in (None, "none")
+        by_policy = f"`unmasking={unmasking!r}` goes by `{'steps' if is_scheduled else 'threshold'}`"
+        no_cache = "`block_cache='none'` keeps nothing"
+        table = (
+            ("threshold", is_scheduled and self.threshold is not None, by_policy),
+            ("steps", not is_scheduled and self.steps is not None, by_policy),
+            ("unmasking_temperature", not is_scheduled and bool(self.unmasking_temperature), by_policy),
+            ("cache_refresh", not is_cached and self.cache_refresh not in (None, "full"), no_cache),
+            ("cache_refresh_interval", not is_cached and self.cache_refresh_interval is not None, no_cache),
+        )
+        return {name: why for name, is_ignored, why in table if is_ignored}
+
     def validate(self, *args, **kwargs):
         super().validate(*args, **kwargs)
         positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
@@ -489,13 +504,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         input_ids, attention_mask = self._check_inputs(inputs, config, model_kwargs)
         self._set_length(config, input_ids.shape[1])
         policy = POLICIES[config.unmasking]
-        if policy.is_scheduled and config.threshold is not None:
-            logger.warning(f"`threshold` is ignored: `unmasking={config.unmasking!r}` goes by `steps`.")
-        if config.block_cache == "none" and config.cache_refresh_interval is not None:
-            logger.warning("`cache_refresh_interval` is ignored: `block_cache='none'` keeps nothing.")
-        for name in ("steps", "unmasking_temperature"):
-            if not policy.is_scheduled and getattr(config, name):
-                logger.warning(f"`{name}` is ignored: `unmasking={config.unmasking!r}` goes by `threshold`.")
+        for name, why in config.ignored().items():
+            logger.warning(f"`{name}` is ignored: {why}.")
         if config.threshold is None:
             config.threshold = policy.default
         if config.steps is None:

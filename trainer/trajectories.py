@@ -43,8 +43,8 @@ def generate_trajectories(
         output_dir (`str` or `Path`): where shards go; one folder for one job.
         judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and must
             always say the same of it. Verdicts are not saved: a changed judge needs no new decoding.
-        batch_size (`int`): prompts per batch. It may change between runs, after running out of memory for example;
-            answers do not depend on it, but for rounding and for sampled ones.
+        batch_size (`int`): prompts per batch, of one shard, so `shard_size` at most. It may change between runs, after
+            running out of memory for example; answers do not depend on it, but for rounding and for sampled ones.
         shard_size (`int`): prompts per shard.
         seed (`int`): of sampling.
         num_proc (`int`, *optional*): processes for tokenizing.
@@ -74,6 +74,10 @@ def generate_trajectories(
     config, unknown = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
     if unknown:
         raise ValueError(f"{sorted(unknown)} are no fields of DiffusionGenerationConfig: only those can be saved.")
+    model._check_config(config, {})
+    model._check_filter(None, config, model.device)
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size={batch_size!r}` is not allowed: it must be an integer of at least 1.")
     if (config.num_return_sequences or 1) != 1:
         raise ValueError(f"`num_return_sequences={config.num_return_sequences!r}` must be 1: repeat the prompts.")
     resolved = {name: value for name, value in config.to_dict().items() if name != "transformers_version"}

@@ -21,6 +21,8 @@ class GeneratedTask(Task):
 
     def load(self, split=None, data=None):
         split = split or self.split
+        if data is not None:
+            raise ValueError(f"`data={str(data)!r}` is not allowed for {self.name}: they are generated.")
         if split not in SEEDS:
             raise ValueError(f"`split={split!r}` is not allowed: it must be one of {sorted(SEEDS)}.")
         return generated(split)

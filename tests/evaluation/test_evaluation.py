@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from rows import DATA, FUNCTION, PROGRAM, QUESTIONS, real_rows
 from transformers import AutoModelForCausalLM
 
-from dparallel.evaluation import GSM8K, HUMANEVAL, MATH, MBPP, evaluate_task
+from dparallel.evaluation import GSM8K, HUMANEVAL, MATH, MBPP, evaluate_from_command_line, evaluate_task
 from dparallel.evaluation.command_line import load_model
 from dparallel.hub_cards import load_measurements
 
@@ -132,7 +133,8 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
         expected = adapted(ids).logits
         adapted.save_pretrained(tmp_path / "adapter")
         arguments = {"model": CHECKPOINT, "adapter": tmp_path / "adapter", "dtype": None, "trust_remote_code": False}
-        model, _ = load_model(SimpleNamespace(**arguments))
+        arguments |= {"data": questions, "split": None, "limit": None, "num_fewshot": None}
+        model, _ = load_model(SimpleNamespace(**arguments), GSM8K)
         torch.testing.assert_close(model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1
     flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
@@ -151,6 +153,23 @@ def test_programs_are_run_only_if_allowed(tmp_path):
     assert "| MBPP, 2 | student |" in out and len(samples(tmp_path / "out")) == 2
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/tmp/nowhere"], "`model='/tmp/nowhere'` is not allowed: there is no such folder"),
+        (["--model", STUDENT, "--adapter", "nowhere"], "`adapter='nowhere'` is not allowed: there is no such folder"),
+        (["--model", STUDENT, "--data", "no.jsonl"], "`data='no.jsonl'` is not allowed for Word problems"),
+        (["--model", STUDENT, "--batch-size", 64], "`batch_size=64` .* at most --shard-size, 32"),
+        (["--model", STUDENT, "--dtype", "float99"], "invalid choice: 'float99'"),
+    ],
+)
+def test_the_shell_says_what_is_wrong(flags, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate_word_problems.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as caught:
+        evaluate_from_command_line(evaluate_word_problems.WORD_PROBLEMS)
+    assert re.search(message, f"{caught.value}{capsys.readouterr().err}")
+
+
 @real_rows
 @pytest.mark.parametrize(
     ("script", "flags"),
@@ -161,10 +180,12 @@ def test_programs_are_run_only_if_allowed(tmp_path):
     ],
 )
 def test_real_rows_from_end_to_end(script, flags, tmp_path):
-    flags = [*flags, "--model", STUDENT, "--limit", 2, "--max-new-tokens", 32, "--output-dir", tmp_path]
-    code, _, err = run(script, *flags, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))
+    common = ["--model", STUDENT, "--limit", 2, "--max-new-tokens", 32, "--output-dir", tmp_path]
+    code, out, err = run(script, *flags, *common, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))
     assert code == 0, err
-    assert len(samples(tmp_path)) == 2 and load_measurements(tmp_path / "results.json")[0].num_examples == 2
+    result = load_measurements(tmp_path / "results.json")[0]
+    assert len(samples(tmp_path)) == 2 and result.num_examples == 2 and result.num_fewshot == len(flags[:1])
+    assert ", 1-shot, 2 |" in out if result.num_fewshot else "HumanEval, 2 |" in out
 
 
 def test_right_and_wrong_programs(monkeypatch):
@@ -206,7 +227,14 @@ def test_examples_come_before_the_question(tmp_path):
     ("settings", "message"),
     [
         ({"limit": 0}, r"`limit=0` is not allowed: it must be at least 1"),
-        ({"num_fewshot": -1}, r"`num_fewshot=-1` is not allowed for GSM8K"),
+        ({"num_fewshot": -1}, r"`num_fewshot=-1` is not allowed: it must be at least 0"),
+        (
+            {"split": "nonsense"},
+            r"`split='nonsense'` is not allowed for GSM8K from `data='.*jsonl'`: it must be one of",
+        ),
+        ({"unmasking": "confidence", "threshold": 0.5}, r"`threshold=0.5` is not allowed: .* goes by `steps`, so it"),
+        ({"cache_refresh": "previous_block"}, r"`cache_refresh='previous_block'` is not allowed: .* keeps nothing"),
+        ({"unmasking": "learned_filter"}, r"`unmasking_filter=None` is not allowed"),
         ({"data": "nowhere.jsonl"}, r"`data='nowhere.jsonl'` is not allowed for GSM8K: there is no file"),
     ],
 )
@@ -223,6 +251,11 @@ def test_the_variable_names_a_folder(questions, tmp_path, monkeypatch):
     questions.write_text(questions.read_text() + "no JSON\n")
     with pytest.raises(ValueError, match=r"Line 4 of .*questions.jsonl is no JSON"):
         GSM8K.load(data=questions)
+    with pytest.raises(ValueError, match=r"`split='nonsense'` .* from DPARALLEL_DATA=.* one of \['test', 'train'\]"):
+        GSM8K.load("nonsense")
+    monkeypatch.setenv("DPARALLEL_DATA", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match=r"DPARALLEL_DATA='.*nowhere' is not allowed for GSM8K: there is no file"):
+        GSM8K.load()
 
 
 def test_a_smaller_batch_goes_on_and_another_day_changes_nothing(
@@ -234,7 +267,7 @@ def test_a_smaller_batch_goes_on_and_another_day_changes_nothing(
     monkeypatch.setattr("dparallel.evaluation.evaluation.here_and_now", lambda: {"date": "2030-01-01"})
     evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, batch_size=1, **arguments)
     assert [(tmp_path / name).read_bytes() for name in ("results.json", "samples.jsonl")] == before
-    with pytest.raises(ValueError, match=r"`batch_size=0` is not allowed: it must be at least 1"):
+    with pytest.raises(ValueError, match=r"`batch_size=0` is not allowed: it must be an integer of at least 1"):
         evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, batch_size=0, **arguments)
 
 

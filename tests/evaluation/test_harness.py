@@ -78,6 +78,17 @@ def test_policies_and_batches(tasks, word_model, word_tokenizer):
         assert result["config"]["tpf"] == {"word_problems": tokens / passes}
 
 
+def test_wrong_arguments(word_model, word_tokenizer):
+    for arguments, message in (
+        ({}, r"`pretrained=None` is not allowed: name a model"),
+        ({"pretrained": "/tmp/nowhere"}, r"`pretrained='/tmp/nowhere'` is not allowed: there is no such folder"),
+        ({"pretrained": word_model, "unmasking": "nonsense"}, r"`unmasking='nonsense'` is not allowed"),
+        ({"pretrained": word_model, "unmasking": "margin", "threshold": 1}, r"`threshold=1` .* have no effect"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DiffusionLM(tokenizer=word_tokenizer, device="cpu", **arguments)
+
+
 def test_likelihoods_are_refused(tasks, word_model, word_tokenizer):
     model = DiffusionLM(word_model, tokenizer=word_tokenizer, batch_size=1, device="cpu")
     with pytest.raises(NotImplementedError, match=r"'choices' compares likelihoods, .* choose a task that generates"):

@@ -68,6 +68,7 @@ def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_pa
     config = json.loads(path.read_text())
     assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
     assert config["max_new_tokens"] == 100, "the rest stays"
+    assert len(load_measurements(tmp_path / "out" / "results.json")) == 2 and str(tmp_path / "out") in result.stdout
     result = run("calibrate", *flags, "--thresholds", 30)
     assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
 

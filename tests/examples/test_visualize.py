@@ -424,8 +424,8 @@ def test_page_takes_any_token(browser, tmp_path, word_tokenizer):
 def test_page_of_one_model_on_a_phone(browser, tmp_path):
     flags = ["--model", STUDENT, "--prompt", "Sam has 3 nuts. Sam buys 4 more. How many nuts does Sam have now?"]
     flags += ["--decoding", "unmasking=confidence,stop_at_eos=False,block_length=16", "--decoding", "threshold=0.3"]
-    run(tmp_path, *flags, "--max-new-tokens", 40, "--output", "page.html", "--picture", "picture.png")
-    assert (tmp_path / "picture.png").exists()
+    run(tmp_path, *flags, "--max-new-tokens", 40, "--output", "page.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.png"]
     browser.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
     browser.open(tmp_path / "page.html")
     assert browser.run("[...document.querySelectorAll('.decoding')].map((each) => each.innerText)") == [

@@ -89,3 +89,5 @@ def test_the_card_of_a_dataset(hub):
     with pytest.raises(ValueError, match="license"):
         validate(hub, card, "dataset")
     assert DatasetCard(str(card)).data.source_datasets == ["openai/gsm8k"]
+    unjudged = dataset_card({"train": rows.map(lambda row: {"correct": None})}, "user/x")
+    assert "`CertaintyForcingTrainer(model, train_dataset=rows)`" in str(unjudged), "a filter would leave nothing"

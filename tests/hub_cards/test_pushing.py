@@ -243,7 +243,7 @@ def test_what_passes_is_tried_again(hub, folder, quick, method, path, status, wh
 @pytest.mark.parametrize(("method", "path"), [("PUT", "/storage/"), ("POST", "/commit/")])
 def test_a_push_that_broke_off_goes_on(hub, folder, quick, method, path):
     hub.fail(method, path, status=500, times=1000)
-    with pytest.raises(RuntimeError, match=r"failed again and again \(status 500\).*goes on where it was"):
+    with pytest.raises(RuntimeError, match=r"The Hub failed \(status 500\).*goes on where it was"):
         push(folder)
     assert not repo(hub).files()  # never half a model
     hub.faults.clear()
@@ -327,7 +327,7 @@ def test_edited_code_is_noticed(hub, folder, caplog, monkeypatch):
     path = next(folder.glob("modeling_*.py"))
     path.write_text(path.read_text() + "\n# mine\n")
     push(folder)
-    assert f"{path} was edited: the installed dparallel's {path.name} is pushed instead" in caplog.text
+    assert f"{path} differs from the installed dparallel's {path.name}, which is pushed instead" in caplog.text
     assert b"# mine" not in repo(hub).files()[path.name].content
 
 

@@ -646,7 +646,9 @@ def test_ignored_numbers_are_mentioned(model, prompt, caplog):
         ({"unmasking": "confidence_threshold", "steps": 4}, "steps"),
         ({"unmasking": "confidence", "threshold": 0.5}, "threshold"),
         ({"unmasking": "confidence_threshold", "unmasking_temperature": 0.5}, "unmasking_temperature"),
+        ({"unmasking": "confidence", "threshold": 0}, "threshold"),
         ({"cache_refresh_interval": 2}, "cache_refresh_interval"),
+        ({"cache_refresh": "previous_block"}, "cache_refresh"),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):

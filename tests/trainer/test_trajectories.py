@@ -154,6 +154,8 @@ def test_the_checksum_is_that_of_plain_integers():
         ),
         ([{"prompt": "a"}], {**SETTINGS, "threshold": 2.0}, "`threshold=2.0` is not allowed"),
         ([{"prompt": "a"}], {"shard_size": 0}, "`shard_size=0` is not allowed"),
+        ([{"prompt": "a"}], {"batch_size": 0}, "`batch_size=0` is not allowed"),
+        ([{"prompt": "a"}], {"unmasking": "learned_filter"}, "`unmasking_filter=None` is not allowed"),
     ],
 )
 def test_bad_input(reader, word_tokenizer, tmp_path, rows, settings, message):

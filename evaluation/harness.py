@@ -10,6 +10,7 @@ All arguments are the harness's own; `--model_args` also takes what `generate()`
 harness's cache.
 """
 
+import logging
 import sys
 
 try:
@@ -29,6 +30,7 @@ from dparallel.hub_cards.model_card import check_folder_or_hub_id
 from .evaluation import check_decoding
 from .metrics import DecodingEfficiency
 
+logger = logging.getLogger("lm_eval")  # its own, which writes to the terminal
 DECODING = (
     "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
     "cache_refresh_interval", "stop_at_eos", "eos_threshold",
@@ -65,7 +67,8 @@ class DiffusionLM(HFLM):
             numbers = [i for i, request in enumerate(requests) if request.task_name == task]
             answers |= zip(numbers, super().generate_until([requests[i] for i in numbers], disable_tqdm), strict=True)
             passes, tokens = zip(*self._counts, strict=True)
-            self.efficiency[task] = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
+            self.efficiency[task] = found = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
+            logger.info(f"{task}: {found['nfe']:.1f} forward passes per answer, {found['tpf']:.2f} tokens per pass")
         return [answers[i] for i in range(len(requests))]
 
     def _model_generate(self, context, max_length, stop, **kwargs):

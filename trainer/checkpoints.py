@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import distributed
+from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -48,14 +49,18 @@ def load_weights(model, checkpoint):
     Raises:
         ValueError: if there are none, for weights that the model does not have, and for trained ones that are missing.
     """
-    name = "adapter_model" if isinstance(model, PeftModel) else "model"
-    files = sorted(Path(checkpoint).glob(f"{name}*.safetensors"))
+    model = model._orig_mod if isinstance(model, OptimizedModule) else model
+    name, folder = "model", Path(checkpoint)
+    if isinstance(model, PeftModel):
+        name = "adapter_model"
+        folder = folder if model.active_adapter == "default" else folder / model.active_adapter  # as peft saves it
+    files = sorted(folder.glob(f"{name}*.safetensors"))
     if not files:
         raise ValueError(
             f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
             f"{name}.safetensors, as FSDP writes them with `fsdp_state_dict_type: FULL_STATE_DICT` only."
         )
-    known = {name: name for name in model.state_dict()}  # by the name that it is saved under
+    known = {name: name for name in map(_plain_name, model.state_dict())}  # by the name that it is saved under
     if isinstance(model, PeftModel):
         known = get_peft_model_state_dict(model, known, model.active_adapter, save_embedding_layers=True)
     state = {}
@@ -65,7 +70,8 @@ def load_weights(model, checkpoint):
         raise ValueError(f"`resume_from_checkpoint={str(checkpoint)!r}` has weights that the model lacks: {unknown}.")
     state = {known[name]: tensor for name, tensor in state.items()}
     if _is_first():
-        parameters = dict(model.named_parameters(remove_duplicate=False))  # a tied weight is saved by one of its names
+        # A tied weight is saved by one of its names.
+        parameters = {_plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
         loaded = {id(parameters[name]) for name in state if name in parameters}
         missing = [name for name, each in parameters.items() if each.requires_grad and id(each) not in loaded]
         if missing:
@@ -85,11 +91,14 @@ def load_optimizer(model, optimizer, checkpoint):
     if not files:
         raise ValueError(
             f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
-            f"optimizer.pt and no optimizer.bin."
+            f"optimizer.pt and no optimizer.bin (`save_only_model` leaves them out)."
         )
-    state = torch.load(files[0], map_location="cpu", weights_only=True) if _is_first() else {}
+    state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    if not any(isinstance(value, torch.Tensor) for moments in state["state"].values() for value in moments.values()):
+        return  # plain SGD has none, which PyTorch's function does not expect
+    state = state if _is_first() else {}
     if state and files[0].name == "optimizer.pt":
-        name_of = {parameter: name for name, parameter in model.named_parameters()}
+        name_of = {parameter: _plain_name(name) for name, parameter in model.named_parameters()}
         names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
         numbers = [number for group in state["param_groups"] for number in group["params"]]
         if len(names) != len(numbers):
@@ -101,6 +110,11 @@ def load_optimizer(model, optimizer, checkpoint):
         groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in state["param_groups"]]
         state = {"state": {name_of[n]: moments for n, moments in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, state, options=_options())
+
+
+def _plain_name(name):
+    """A weight's name without what compiling and checkpointing a module put into it, as it is saved."""
+    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
 
 
 def _is_first():

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.logging import get_logger
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 
 from dparallel.hub_cards.model_card import model_card
@@ -153,6 +154,12 @@ class MaskedDiffusionTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.activation_checkpointing and isinstance(self.model, PeftModel):
+            raise ValueError(  # peft does not look for them inside the wrappers
+                "`fsdp_activation_checkpointing: true` is not allowed with an adapter, which would be saved without "
+                "its weights: set `gradient_checkpointing=True` instead."
+            )
         # The loss is a mean over the micro-batch: without this, Trainer takes it for a sum over the whole batch.
         self.model_accepts_loss_kwargs = False
         self._train_metrics = torch.zeros(())  # (number of metrics, 2) once something was counted
@@ -162,8 +169,6 @@ class MaskedDiffusionTrainer(Trainer):
 
     @staticmethod
     def _wrap_in_adapter(model, args, peft_config):
-        from peft import PeftModel, get_peft_model
-
         if isinstance(model, PeftModel):
             raise ValueError("`peft_config` was given, but `model` already is a PeftModel: pass one or the other.")
         peft_config = complete_lora_config(model, peft_config)
@@ -272,8 +277,11 @@ class MaskedDiffusionTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         if checkpoint is None or not self._is_elsewhere(checkpoint):
             return super()._load_optimizer_and_scheduler(checkpoint)
+        schedule = Path(checkpoint) / "scheduler.pt"
+        if not schedule.exists():
+            raise ValueError(f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed: it has no scheduler.pt.")
         load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
 
     def _run_epoch(self, model, epoch, *args, **kwargs):
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1

@@ -19,7 +19,7 @@ from dparallel.trainer import (
     MaskedDiffusionTrainer,
     last_complete_checkpoint,
 )
-from dparallel.trainer.checkpoints import load_weights
+from dparallel.trainer.checkpoints import load_optimizer, load_weights
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
@@ -296,7 +296,19 @@ def test_checkpoints_that_cannot_go_on_here(tmp_path, word_tokenizer, make_train
         trainer.train(resume_from_checkpoint=str(foreign))
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoRA of the embedding", "LoRA and the head"])
+def test_optimizers_without_moments_and_checkpoints_without_a_schedule(tmp_path, word_tokenizer, make_trainer):
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "sgd"}
+    trainer = make_trainer(tmp_path, word_tokenizer, **options)
+    trainer.train()
+    checkpoint = tmp_path / "checkpoint-1"
+    load_optimizer(trainer.model, trainer.optimizer.optimizer, checkpoint)  # as under another layout
+    (checkpoint / "scheduler.pt").unlink()
+    (checkpoint / "pytorch_model_fsdp.bin").touch()
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint=.*` is not allowed: it has no scheduler.pt"):
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoRA of the embedding", "LoRA and the head", "another name"])
 def test_weights_of_adapters_are_found(family, tmp_path, kind):
     """By the names that peft saves them under, which are not plain for every kind."""
     embedding, head = (name.rsplit(".", 1)[-1] for name in (family.embedding, family.head))
@@ -304,7 +316,8 @@ def test_weights_of_adapters_are_found(family, tmp_path, kind):
     config = LoraConfig(
         r=2, target_modules=targets, use_dora=kind == "DoRA", modules_to_save=[head] if "head" in kind else None
     )
-    saved, other = (get_peft_model(family.small(), config) for _ in range(2))
+    name = "mine" if kind == "another name" else "default"
+    saved, other = (get_peft_model(family.small(), config, name) for _ in range(2))
     with torch.no_grad():
         for parameter in saved.parameters():
             parameter.add_(parameter.requires_grad * torch.rand_like(parameter))

@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -139,13 +140,25 @@ def layouts(layout, family, output_dir, tokenizer):
                 output, max_steps=6, learning_rate=1e-2, lr_scheduler_type="linear", save_strategy="steps",
                 save_steps=3, per_device_train_batch_size=8 // world_size,
             )  # fmt: skip
+            if layout == "fsdp":  # and what gives weights other names there
+                args.torch_compile, args.torch_compile_backend = kind == "adapter", "eager"
+                os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(kind == "full").lower()
             if layout == "fsdp":  # accelerate shards on GPUs alone: let it take these processes for some
                 args.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
             is_read = checkpoint is not None and peft_config is None  # an adapter's base is not in its checkpoint
-            trainer = CertaintyForcingTrainer(
-                family.small(seed=5 if is_read else 0), args, train_dataset=Dataset.from_list(rows()),
-                processing_class=tokenizer, peft_config=peft_config,
-            )  # fmt: skip
+
+            def build(is_read=is_read, args=args, peft_config=peft_config):
+                return CertaintyForcingTrainer(
+                    family.small(seed=5 if is_read else 0), args, train_dataset=Dataset.from_list(rows()),
+                    processing_class=tokenizer, peft_config=peft_config,
+                )  # fmt: skip
+
+            if layout == "fsdp" and kind == "full":
+                with pytest.raises(
+                    ValueError, match="is not allowed with an adapter, which would be saved without its"
+                ):
+                    build(peft_config=LoraConfig(r=2))
+            trainer = build()
             assert trainer.is_fsdp_enabled == (layout == "fsdp")
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             losses = [entry["loss"] for entry in trainer.state.log_history if "grad_norm" in entry]

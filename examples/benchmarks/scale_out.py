@@ -13,10 +13,11 @@ Each row is a launch of its own, with a file of `examples/accelerate_configs`:
   counts right predictions, of which random weights have few: one that rounding turns right or wrong is a leap);
 - decoding: answers per second of `generate_trajectories` and of `evaluate_task`, and whether they equal those of one
   process;
-- checkpoints: the model in the box, saved halfway under one layout, resumed under another, and merged: how far losses
-  and weights are from those of a run that was not interrupted.
+- checkpoints: the model in the box in float32, saved halfway under one layout, resumed under another, and merged: how
+  far losses and weights are from those of the run that saved, which went on to its end; and, to compare, how far the
+  losses of the two layouts are from each other anyway.
 
-Prints tables and writes JSON.
+Prints tables and writes JSON; the exit status is 1 if a launch failed.
 """
 
 import argparse
@@ -84,7 +85,6 @@ def training(job, folder):
     steps = job["warm_up"] + job["steps"]
     trainer, stopwatch = global_batches(
         job, model, steps, folder, save_strategy="no", gradient_checkpointing=job["trains"] == "all weights",
-        learning_rate=1e-4,
     )  # fmt: skip
     if job["device"] == "cuda":
         torch.cuda.empty_cache()
@@ -137,7 +137,7 @@ def checkpoints(job, folder):
     half = job["steps"] // 2
     trainer, _ = global_batches(
         job, model, job["steps"], folder, save_strategy="steps", save_steps=half, learning_rate=1e-3,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="linear", bf16=False,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=job["resume"])
     trainer.save_model(folder)
@@ -160,8 +160,8 @@ def launched(arguments):
 
 
 def launch(layout, arguments, folder, **job):
-    """What a job gives under a layout, with that and its number of processes; None, and the end of its output, if it
-    fails."""
+    """What a job gives under a layout, with that and its number of processes; None, and `arguments.failed` says so, if
+    it fails."""
     processes = 1 if layout == ALONE else arguments.processes
     job |= {"folder": str(folder), "device": "cuda" if torch.cuda.is_available() else "cpu"}
     row = Path(folder).with_suffix(".json")
@@ -172,12 +172,25 @@ def launch(layout, arguments, folder, **job):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     if layout == ALONE:
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    command = [sys.executable, "-m", *launcher, processes, __file__, "--job", json.dumps(job), "--row", row]
+    precision = ["--mixed_precision", "no"] if torch.cuda.is_available() and job["part"] == "checkpoints" else []
+    command = [
+        sys.executable,
+        "-m",
+        *launcher,
+        processes,
+        *precision,
+        __file__,
+        "--job",
+        json.dumps(job),
+        "--row",
+        row,
+    ]
     process = subprocess.run(
         list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if process.returncode or not row.exists():
-        print(f"{layout} failed:\n{process.stdout[-3000:]}", file=sys.stderr, flush=True)
+        arguments.failed.append(Path(folder).name)
+        print(f"{Path(folder).name} failed:\n{process.stdout[-3000:]}", file=sys.stderr, flush=True)
         return None
     return {**json.loads(row.read_text()), "layout": layout, "processes": processes}
 
@@ -223,7 +236,7 @@ def measure_training(arguments, folder, results):
 def measure_decoding(arguments, folder, results):
     print("\n| | processes | trajectories/s | efficiency | evaluated/s | efficiency | answers |")
     print("| --- " * 7 + "|", flush=True)
-    for layout in (ALONE, "ddp"):
+    for layout in (ALONE, "ddp"):  # decoding has no other
         row = launch(
             layout, arguments, folder / f"decoding-{layout}", part="decoding", shape=arguments.shape,
             prompts=arguments.prompts, batch_size=arguments.decoding_batch, answer=arguments.answer,
@@ -245,9 +258,10 @@ def measure_decoding(arguments, folder, results):
 
 def measure_checkpoints(arguments, folder, results):
     """Of the model in the box, whatever the shape: it is about what is in the files."""
-    print("\n| trained | saved under | resumed under | losses differ by | merged weights differ by |")
-    print("| --- " * 5 + "|", flush=True)
-    job = {"part": "checkpoints", "length": 128, "rank": 8, "micro_batch": 2, "global_batch": 16, "steps": 8}
+    print("\n| trained | saved under | resumed under | losses differ by | weights by | losses of both layouts by |")
+    print("| --- " * 6 + "|", flush=True)
+    job = {"part": "checkpoints", "length": 128, "rank": 8, "micro_batch": 2, "steps": 8}
+    job["global_batch"] = 4 * arguments.processes
     known = {}
 
     def run(trains, layout, name, resume=None):
@@ -257,24 +271,26 @@ def measure_checkpoints(arguments, folder, results):
         return row and (row["losses"], where)
 
     for trains, saving, resuming in RESUMED:
-        if not {saving, resuming} <= set(arguments.layouts):
+        if not {saving, resuming} <= set(arguments.layouts) or trains not in arguments.trains:
             continue
         kind = trains.replace(" ", "-")
-        for layout in (saving, "ddp"):
+        for layout in (saving, resuming):
             if (trains, layout) not in known:
                 known[trains, layout] = run(trains, layout, f"{kind}-{layout}-unbroken")
-        unbroken, saved = known[trains, "ddp"], known[trains, saving]
+        saved, other = known[trains, saving], known[trains, resuming]
         resumed = saved and run(trains, resuming, f"{kind}-{saving}-{resuming}", saved[1] / "checkpoint-4")
-        if not (unbroken and resumed):
-            print(f"| {trains} | `{saving}` | `{resuming}` | failed ||", flush=True)
+        if not (other and resumed):
+            print(f"| {trains} | `{saving}` | `{resuming}` | failed |||", flush=True)
             continue
-        weights = [merged_weights(where, trains) for _, where in (unbroken, resumed)]
+        weights = [merged_weights(where, trains) for _, where in (saved, resumed)]
         farthest = max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0])
         row = {"trains": trains, "saved": saving, "resumed": resuming, "difference": farthest}
-        row["losses_difference"] = difference(resumed[0], unbroken[0])
+        row |= {"losses_difference": difference(resumed[0], saved[0]), "layouts": difference(other[0], saved[0])}
         record(results, "checkpoints", row, arguments.output)
         print(
-            f"| {trains} | `{saving}` | `{resuming}` | {row['losses_difference']:.1e} | {farthest:.1e} |", flush=True
+            f"| {trains} | `{saving}` | `{resuming}` | {row['losses_difference']:.1e} | {farthest:.1e} "
+            f"| {row['layouts']:.1e} |",
+            flush=True,
         )
 
 
@@ -307,6 +323,7 @@ def main():
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.failed = []
     if arguments.job:
         return launched(arguments)
     if arguments.processes < 2:
@@ -324,6 +341,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:
             measures[part](arguments, Path(folder), results)
+    if arguments.failed:
+        arguments.output.write_text(json.dumps(results | {"failed": arguments.failed}, indent=1) + "\n")
+        sys.exit(f"failed: {', '.join(arguments.failed)}")
 
 
 if __name__ == "__main__":

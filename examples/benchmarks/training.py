@@ -107,11 +107,10 @@ def build_trainer(model, rows, output_dir, micro_batch, peft_config, prompt_leng
         masking="block",
         certainty_weight=2.0,
         per_device_train_batch_size=micro_batch,
-        bf16=is_gpu,
         use_cpu=not is_gpu,
         report_to="none",
         disable_tqdm=True,
-        **settings,
+        **{"bf16": is_gpu, **settings},
     )
     examples = [{"input_ids": row, "prompt_length": prompt_length} for row in rows.tolist()]
     trainer = CertaintyForcingTrainer(

@@ -79,7 +79,11 @@ def test_the_benchmark_of_several_devices_runs(tmp_path):
     assert [row["same_answers"] for row in results["decoding"]] == [True, True]
     (row,) = results["checkpoints"]
     assert (row["saved"], row["resumed"]) == ("ddp", "single_gpu")
-    assert max(row["losses_difference"], row["difference"]) < 1e-4
+    assert max(row["losses_difference"], row["difference"], row["layouts"]) < 1e-4
+    flags = [*command, "--parts", "training", "--layouts", "ddp", "--rank", "0", "--output", tmp_path / "failed.json"]
+    result = subprocess.run(flags, capture_output=True, text=True)
+    assert result.returncode == 1 and "failed: LoRA-ddp" in result.stderr
+    assert json.loads((tmp_path / "failed.json").read_text())["failed"] == ["LoRA-ddp"]
 
 
 @pytest.mark.parametrize(

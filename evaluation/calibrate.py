@@ -16,7 +16,7 @@ from dparallel.hub_cards.measurements import RESULTS_FILE
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
 from .evaluation import write_measurements
-from .sweep import DEFAULT_GRID, fastest, number_of, sweep, to_table
+from .sweep import DEFAULT_GRID, decodings_of, fastest, number_of, sweep, to_table
 
 
 def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
@@ -38,14 +38,15 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
     for name, value in (("margin", margin), ("bar", bar)):
         if value is not None and not 0 <= value <= 1:
             raise ValueError(f"`{name}={value!r}` is not allowed: it must be from 0 to 1.")
-    points = []
+    points, candidates = [], {unmasking: thresholds}
+    decodings_of(model, candidates, **arguments)  # a wrong one is refused now, and not after slow decoding
     if bar is None:
         steps = arguments.get("max_new_tokens") or task.max_new_tokens
         points = sweep(task, model, tokenizer, Path(output_dir) / "slow", {"confidence": [steps]}, **arguments)
         bar = points[0].accuracy
-    candidates = sweep(task, model, tokenizer, output_dir, {unmasking: thresholds}, **arguments)
-    chosen = fastest(candidates, bar - margin - 1e-9)  # rounding must not decide
-    return chosen, [*points, *candidates]
+    fast = sweep(task, model, tokenizer, output_dir, candidates, **arguments)
+    chosen = fastest(fast, bar - margin - 1e-9)  # rounding must not decide
+    return chosen, [*points, *fast]
 
 
 def main():
@@ -69,8 +70,8 @@ def main():
                 f"`{wrong}` is not allowed: a merged model's folder is wanted, to write the threshold there."
             )
         task = find_task(arguments.task)
-        data = data_arguments(arguments)
-        model, tokenizer = load_model(arguments, task)
+        data = data_arguments(arguments, task)
+        model, tokenizer = load_model(arguments)
         chosen, points = calibrate(
             task, model, tokenizer, arguments.output_dir, arguments.policy,
             arguments.thresholds or DEFAULT_GRID[arguments.policy], margin=arguments.margin, bar=arguments.bar,

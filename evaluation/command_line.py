@@ -56,28 +56,35 @@ def add_data_arguments(parser):
     parser.add_argument("--limit", type=int, help="the first so many questions")
     parser.add_argument("--num-fewshot", type=int, help="examples before each question")
     parser.add_argument("--max-new-tokens", type=int, help="of an answer")
-    parser.add_argument("--batch-size", type=int, help="default: 16; a batch is of one shard")
-    parser.add_argument("--shard-size", type=int, default=32, help="questions that are saved together")
+    parser.add_argument("--batch-size", type=int, help="questions decoded at a time; default: 16")
+    parser.add_argument("--shard-size", type=int, help="questions saved together; default: 32, or more for a batch")
 
 
 def _given(arguments, *names) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def data_arguments(arguments) -> dict:
-    if arguments.batch_size is not None and arguments.batch_size > arguments.shard_size:
-        allowed = f"a batch is of one shard, so it must be at most --shard-size, {arguments.shard_size}"
-        raise ValueError(f"`batch_size={arguments.batch_size}` is not allowed: {allowed}.")
-    names = ("data", "split", "limit", "num_fewshot", "max_new_tokens", "batch_size", "shard_size")
-    return _given(arguments, *names)
+def data_arguments(arguments, task) -> dict:
+    """Those of `evaluate_task`; after a look, which takes less time than loading a model, whether the task can be
+    done with them."""
+    batch_size, shard_size = arguments.batch_size, arguments.shard_size
+    if shard_size is None:
+        shard_size = max(32, batch_size or 0)
+    if batch_size is None:
+        batch_size = min(16, shard_size)
+    if not 1 <= batch_size <= shard_size:
+        allowed = f"a batch is of one shard, so it must be from 1 to --shard-size, {shard_size}"
+        raise ValueError(f"`batch_size={batch_size}` is not allowed: {allowed}.")
+    task.require_judge()
+    asked = _given(arguments, "data", "split", "limit", "num_fewshot")
+    task.questions(**asked)
+    return {**asked, **_given(arguments, "max_new_tokens"), "batch_size": batch_size, "shard_size": shard_size}
 
 
-def load_model(arguments, task):
-    """A model for decoding, on the device of this process, and its tokenizer; after a look whether the task's data are
-    there, which takes less time."""
+def load_model(arguments):
+    """A model for decoding, on the device of this process, and its tokenizer."""
     for name, value in _given(arguments, "model", "adapter").items():
         check_folder_or_hub_id(name, value)
-    task.questions(**_given(arguments, "data", "split", "limit", "num_fewshot"))
     is_gpu = torch.cuda.is_available()
     device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
     kept = {"trust_remote_code": arguments.trust_remote_code}
@@ -120,8 +127,8 @@ def evaluate_from_command_line(task):
     settings = _given(arguments, *names)
 
     with plain_errors(ValueError, OSError):
-        data = data_arguments(arguments)
-        model, tokenizer = load_model(arguments, task)
+        data = data_arguments(arguments, task)
+        model, tokenizer = load_model(arguments)
         result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data, **settings)
     if PartialState().is_main_process:
         print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")

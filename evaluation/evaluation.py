@@ -16,7 +16,6 @@ from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.trainer import generate_trajectories
 
 from .metrics import DecodingEfficiency
-from .sandbox import run_tests
 
 SAMPLES_FILE = "samples.jsonl"
 SECONDS_FILE = "seconds.json"
@@ -64,8 +63,7 @@ def evaluate_task(
         PermissionError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
     """
     check_decoding(model, decoding)
-    if task.runs_code:
-        run_tests("", "assert True")  # so that it is now said if programs may not, or cannot, be run here
+    task.require_judge()
     questions = task.questions(split=split, data=data, limit=limit, num_fewshot=num_fewshot)
     if tokenizer.chat_template is None:
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
@@ -109,13 +107,15 @@ def evaluate_task(
 
 
 def check_decoding(model, decoding):
-    """Refuse arguments of `generate()` that it would refuse, and such as have no effect: a table would show them.
+    """Refuse arguments of `generate()` that it would refuse, and such as have no effect, which tables would show.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
     """
-    config, _ = model._prepare_generation_config(None, **decoding)
-    model._check_config(config, {})
+    if "generation_config" in decoding:
+        raise ValueError("`generation_config` is not allowed: name its fields, which the results can hold.")
+    config, others = model._prepare_generation_config(None, **decoding)
+    model._check_config(config, others)
     model._check_filter(None, config, model.device)
     for name, why in config.ignored().items():
         if name in decoding:

@@ -18,7 +18,10 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "lm_eval":
         raise
-    sys.exit('lm-evaluation-harness is not installed: `pip install ".[lm-eval]"`')
+    message = "lm-evaluation-harness is not installed: `pip install lm_eval`, or the extra `lm-eval` of this package."
+    if __name__ == "__main__":
+        sys.exit(message)
+    raise ModuleNotFoundError(message, name="lm_eval") from error
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
@@ -68,7 +71,9 @@ class DiffusionLM(HFLM):
             answers |= zip(numbers, super().generate_until([requests[i] for i in numbers], disable_tqdm), strict=True)
             passes, tokens = zip(*self._counts, strict=True)
             self.efficiency[task] = found = DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens)
-            logger.info(f"{task}: {found['nfe']:.1f} forward passes per answer, {found['tpf']:.2f} tokens per pass")
+            if self.rank == 0:
+                words = f"{found['nfe']:.1f} forward passes per answer, {found['tpf']:.2f} tokens per pass"
+                logger.info(f"{task}: {words} ({len(passes)} answers of the first process)")
         return [answers[i] for i in range(len(requests))]
 
     def _model_generate(self, context, max_length, stop, **kwargs):

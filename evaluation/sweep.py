@@ -8,6 +8,7 @@ was; a point that was decoded in two parts has no seconds.
 """
 
 import argparse
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,20 +66,35 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
     Returns:
         list of `Measurement`, with seconds where a point was decoded in one go.
     """
-    decodings = [
-        {"unmasking": unmasking, number_of(unmasking): value, **({} if cache == "none" else {"block_cache": cache})}
-        for unmasking in grid
-        for cache in caches
-        for value in grid[unmasking]
-    ]
-    for decoding in decodings:
-        check_decoding(model, decoding)  # before the first is decoded
+    own = {name: value for name, value in arguments.items() if name in evaluate_task.__kwdefaults__}
     points = []
-    for decoding in decodings:
-        folder = Path(output_dir) / "-".join(map(str, decoding.values()))
-        point = evaluate_task(task, model, tokenizer, folder, **decoding, **arguments)
+    for name, decoding in decodings_of(model, grid, caches=caches, **arguments).items():
+        folder = Path(output_dir) / name
+        point = evaluate_task(task, model, tokenizer, folder, **own, **decoding)
         points.append(replace(point, seconds=seconds_of(folder)))
     return points
+
+
+def decodings_of(model, grid, *, caches=("none",), **arguments) -> dict[str, dict]:
+    """The points of a grid, see `sweep`: a name for each, and its arguments of `generate()`.
+
+    Those that `arguments` has are in all of them, but a cache's only where there is one.
+
+    Raises:
+        ValueError: if one of them is wrong for the model.
+    """
+    common = {name: value for name, value in arguments.items() if name not in evaluate_task.__kwdefaults__}
+    found = {}
+    for unmasking, cache in itertools.product(grid, caches):
+        for value in grid[unmasking]:
+            point = {"unmasking": unmasking, number_of(unmasking): value}
+            point |= {} if cache == "none" else {"block_cache": cache}
+            decoding = {**common, **point}
+            if "block_cache" not in decoding:
+                decoding = {name: each for name, each in decoding.items() if not name.startswith("cache_refresh")}
+            check_decoding(model, decoding)
+            found["-".join(map(str, point.values()))] = decoding
+    return found
 
 
 def curves(points) -> dict[str, list]:
@@ -164,14 +180,14 @@ def main():
     with plain_errors(ValueError, OSError):
         grid = parse_grid(arguments.decoding) if arguments.decoding else DEFAULT_GRID
         task = find_task(arguments.task)
-        folder, data = arguments.output_dir, data_arguments(arguments)
-        model, tokenizer = load_model(arguments, task)
+        folder, data = arguments.output_dir, data_arguments(arguments, task)
+        model, tokenizer = load_model(arguments)
         points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data)
         if not PartialState().is_main_process:
             return
         first = points[0]
         where = f"{first.hardware}, {first.date}"
-        title = f"{Path(arguments.model).name}, {first.task}, {first.num_examples} examples, {where}"
+        title = f"{Path(arguments.model).name}, {first.task}{first.shots}, {first.num_examples} examples, {where}"
         lines = curves(points)
         areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(lines).items())
         report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"

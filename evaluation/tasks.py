@@ -77,20 +77,28 @@ class Task:
         """
         split = split or self.split
         path = self._local_file(split, data)
-        if path is not None:
-            rows = [
-                self._parse(line, path, i) for i, line in enumerate(path.read_text().split("\n"), 1) if line.strip()
-            ]
-            if path.name == self.files.get(split) and split in self.keep:
-                rows = [row for row in rows if self.keep[split](row)]
-            rows = Dataset.from_list(rows)
-        else:
-            parts = [load_dataset(self.dataset, subset, split=split) for subset in self.subsets]
-            rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)  # a few are of all
+        if path is None:
+            return self._from_hub(split)
+        rows = [self._parse(line, path, i) for i, line in enumerate(path.read_text().split("\n"), 1) if line.strip()]
+        if path.name == self.files.get(split) and split in self.keep:
+            rows = [row for row in rows if self.keep[split](row)]
+        return self._with_columns(Dataset.from_list(rows), path)
+
+    def _from_hub(self, split):
+        parts = [load_dataset(self.dataset, subset, split=split) for subset in self.subsets]
+        rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)  # a few are of all
+        return self._with_columns(rows, self.dataset)
+
+    def _with_columns(self, rows, source):
         missing = sorted(set(self.columns) - set(rows.column_names))
         if missing:
-            raise ValueError(f"{self.name}: the rows of {path or self.dataset} lack the columns {missing}.")
+            raise ValueError(f"{self.name}: the rows of {source} lack the columns {missing}.")
         return rows
+
+    def require_judge(self):
+        """Raises `PermissionError` or another error if answers are programs, and those may not or cannot be run."""
+        if self.runs_code:
+            run_tests("", "assert True")
 
     @staticmethod
     def _parse(line, path, number):
@@ -134,7 +142,8 @@ class Task:
         rows, shots = self.load(split, data), []
         if count:
             source = data if data is None or Path(data).is_dir() else None
-            examples = self.load(self.example_split, source)
+            is_local = not self.files or self.example_split in self.files
+            examples = self.load(self.example_split, source) if is_local else self._from_hub(self.example_split)
             last = self.first_example + count
             if last > len(examples):
                 raise ValueError(

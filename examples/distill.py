@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from generate_trajectories import (
     TrajectoryArguments,
+    as_prompts,
     init_kwargs,
     load_judge,
     load_rows,
@@ -37,16 +38,21 @@ class DistillArguments(TrajectoryArguments):
     )
 
 
-def training_rows(arguments, model_arguments, output_dir):
-    """Rows with answers: those of the dataset, or the teacher's, without the wrong ones."""
+def has_answers(rows) -> bool:
+    return bool({"completion", "messages", "input_ids"} & set(rows.column_names))
+
+
+def load_answers_or_prompts(arguments):
     rows = load_rows(arguments)
-    if not {"completion", "messages", "input_ids"} & set(rows.column_names):
-        if is_deepspeed_zero3_enabled():
-            raise ValueError(
-                "Under ZeRO-3 the model is in parts: answer the prompts first, by generate_trajectories.py."
-            )
-        arguments.trajectories_dir = arguments.trajectories_dir or str(Path(output_dir) / "trajectories")
-        rows = teacher_trajectories(arguments, model_arguments, rows)
+    if has_answers(rows):
+        return rows
+    if is_deepspeed_zero3_enabled():
+        raise ValueError("Under ZeRO-3 the model is in parts: answer the prompts first, by generate_trajectories.py.")
+    return as_prompts(arguments, rows)
+
+
+def right_answers(arguments, rows):
+    """Without the answers that were judged wrong."""
     if "correct" in rows.column_names and any(correct is not None for correct in rows["correct"][:]):
         kept = rows.filter(lambda row: row["correct"])
         if PartialState().is_main_process:
@@ -63,7 +69,13 @@ def main():
     parser = TrlParser((DistillArguments, CertaintyForcingConfig, ModelConfig))
     arguments, config, model_arguments = parser.parse_args_and_config()
     PartialState(cpu=not torch.cuda.is_available())
-    rows, held_out = training_rows(arguments, model_arguments, config.output_dir), None
+    with plain_errors(ValueError, OSError):
+        rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
+    if not has_answers(rows):
+        arguments.trajectories_dir = arguments.trajectories_dir or str(Path(config.output_dir) / "trajectories")
+        rows = teacher_trajectories(arguments, model_arguments, rows, judge)
+    with plain_errors(ValueError):
+        rows, held_out = right_answers(arguments, rows), None
     if arguments.eval_size:
         split = rows.train_test_split(arguments.eval_size, seed=config.seed)
         rows, held_out = split["train"], split["test"]
@@ -78,7 +90,7 @@ def main():
             model_arguments.model_name_or_path, revision=model_arguments.model_revision
         ),
         peft_config=get_peft_config(model_arguments),
-        judge=load_judge(arguments.judge),
+        judge=judge,
     )
     checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
     if checkpoint and trainer.accelerator.is_main_process:
@@ -104,5 +116,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with plain_errors(ValueError, OSError):
-        main()
+    main()

@@ -74,14 +74,18 @@ def init_kwargs(model_arguments):
     }
 
 
-def teacher_trajectories(arguments, model_arguments, rows):
-    """The prompts among the columns of `rows` to trajectories."""
+def as_prompts(arguments, rows):
+    """Rows with the prompts in the column `prompt`, as messages if they are to be."""
     if arguments.prompt_column not in rows.column_names:
         raise ValueError(f"`prompt_column={arguments.prompt_column!r}` must be one of {rows.column_names}.")
     if arguments.prompt_column != "prompt":
         rows = rows.rename_column(arguments.prompt_column, "prompt")
     if arguments.as_chat and isinstance(rows[0]["prompt"], str):
         rows = rows.map(lambda row: {"prompt": [{"role": "user", "content": row["prompt"]}]})
+    return rows
+
+
+def teacher_trajectories(arguments, model_arguments, prompts, judge):
     name = model_arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_arguments.model_revision)
     model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments)).to(PartialState().device)
@@ -89,9 +93,9 @@ def teacher_trajectories(arguments, model_arguments, rows):
     return generate_trajectories(
         model,
         tokenizer,
-        rows,
+        prompts,
         arguments.trajectories_dir,
-        load_judge(arguments.judge),
+        judge,
         batch_size=arguments.teacher_batch_size,
         shard_size=arguments.shard_size,
         max_new_tokens=arguments.teacher_max_new_tokens,
@@ -101,11 +105,13 @@ def teacher_trajectories(arguments, model_arguments, rows):
 
 def main():
     arguments, model_arguments = TrlParser((TrajectoryArguments, ModelConfig)).parse_args_and_config()
-    if arguments.trajectories_dir is None:
-        raise ValueError("`trajectories_dir` must be given.")
     # Processes wait for the one that decodes longest.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
-    dataset = teacher_trajectories(arguments, model_arguments, load_rows(arguments))
+    with plain_errors(ValueError, OSError):
+        if arguments.trajectories_dir is None:
+            raise ValueError("`trajectories_dir` must be given.")
+        prompts, judge = as_prompts(arguments, load_rows(arguments)), load_judge(arguments.judge)
+    dataset = teacher_trajectories(arguments, model_arguments, prompts, judge)
     if state.is_main_process:
         dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")
         passes, judged = dataset["num_forward_passes"][:], [row for row in dataset["correct"][:] if row is not None]
@@ -114,5 +120,4 @@ def main():
 
 
 if __name__ == "__main__":
-    with plain_errors(ValueError, OSError):
-        main()
+    main()

@@ -202,9 +202,16 @@ def main():
     parser.add_argument("--max-new-tokens", type=int, help="default: the model's own")
     parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
     parser.add_argument("--picture", type=Path, help="the picture, beside the page by default; needs matplotlib")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
     arguments = parser.parse_args()
     arguments.picture = arguments.picture or arguments.output.with_suffix(".png")
+    if arguments.picture == arguments.output:
+        parser.error(f"--output {arguments.output}: it must be another file than the picture")
+    try:
+        torch.empty(0, device=arguments.device)
+    except (AssertionError, RuntimeError) as error:
+        parser.error(f"--device {arguments.device}: {error}")
     if arguments.prompt is None:
         arguments.prompt = next(iter(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED))).question
     if not arguments.prompt.strip():
@@ -225,7 +232,7 @@ def main():
             check_folder_or_hub_id("model", path)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
             model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        model = model.to(arguments.device).eval()
         own = own_decoding(model) or DEFAULT_DECODING
         for given in decodings[name]:
             decoding = given if "unmasking" in given else {**own, **given}

@@ -98,10 +98,9 @@ def eval_results(measurements) -> list[EvalResult]:
             dataset_name=each.task,
             dataset_split=each.split,
             metric_type=metric,
-            metric_name=f"{name}, {each.settings}".replace("`", ""),
+            metric_name=f"{name}{each.shots}, {each.settings}".replace("`", ""),
             metric_value=value,
-            metric_args=dict(each.decoding),
-            dataset_args=None if each.num_fewshot is None else {"num_few_shot": each.num_fewshot},
+            metric_args=each.decoding | ({} if each.num_fewshot is None else {"num_few_shot": each.num_fewshot}),
         )
         for each in measurements
         if each.model is None

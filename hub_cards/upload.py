@@ -159,6 +159,6 @@ def _in_plain_words(error, repo_id):
     if status == 412:
         return RuntimeError(f"Somebody committed to {repo_id} during this push. {again}")
     if _is_passing(error):
-        what = "failed" if status else "could not be reached"
-        return RuntimeError(f"The Hub {what} ({_reason(error)}) on the way to {repo_id}. {again}")
+        what = "The Hub" if status else "The connection to the Hub"
+        return RuntimeError(f"{what} failed ({_reason(error)}) on the way to {repo_id}. {again}")
     return None

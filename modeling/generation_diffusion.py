@@ -183,7 +183,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         return {key: value for key, value in super().to_diff_dict().items() if value is not None}
 
     def ignored(self) -> dict[str, str]:
-        """Settings that have no effect beside the others: name -> why."""
+        """Settings of policies and caches that have no effect beside the others: name -> why."""
         unmasking = self.unmasking or DEFAULTS["unmasking"]
         is_scheduled, is_cached = POLICIES[unmasking].is_scheduled, self.block_cache not in (None, "none")
         by_policy = f"`unmasking={unmasking!r}` goes by `{'steps' if is_scheduled else 'threshold'}`"
@@ -192,6 +192,7 @@ class DiffusionGenerationConfig(GenerationConfig):
             ("threshold", is_scheduled and self.threshold is not None, by_policy),
             ("steps", not is_scheduled and self.steps is not None, by_policy),
             ("unmasking_temperature", not is_scheduled and bool(self.unmasking_temperature), by_policy),
+            ("schedule", not is_scheduled and self.schedule not in (None, "even"), by_policy),
             ("cache_refresh", not is_cached and self.cache_refresh not in (None, "full"), no_cache),
             ("cache_refresh_interval", not is_cached and self.cache_refresh_interval is not None, no_cache),
         )
@@ -505,7 +506,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         self._set_length(config, input_ids.shape[1])
         policy = POLICIES[config.unmasking]
         for name, why in config.ignored().items():
-            logger.warning(f"`{name}` is ignored: {why}.")
+            if name in kwargs or getattr(generation_config, name, None) is not None:
+                logger.warning(f"`{name}` is ignored: {why}.")
         if config.threshold is None:
             config.threshold = policy.default
         if config.steps is None:

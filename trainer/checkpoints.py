@@ -91,23 +91,32 @@ def load_optimizer(model, optimizer, checkpoint):
     if not files:
         raise ValueError(
             f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
-            f"optimizer.pt and no optimizer.bin (`save_only_model` leaves them out)."
+            f"optimizer.pt and no optimizer.bin."
         )
     state = torch.load(files[0], map_location="cpu", mmap=True, weights_only=True)
+    groups = state["param_groups"]
+    trained, saved = (
+        [each for group in part for each in group["params"]] for part in (optimizer.param_groups, groups)
+    )
+    if len(trained) != len(saved):
+        raise ValueError(
+            f"`resume_from_checkpoint={str(checkpoint)!r}` has an optimizer of {len(saved)} parameters: the model "
+            f"trains {len(trained)}."
+        )
     if not any(isinstance(value, torch.Tensor) for moments in state["state"].values() for value in moments.values()):
-        return  # plain SGD has none, which PyTorch's function does not expect
+        # Plain SGD has no moments, which PyTorch's function does not expect.
+        for group, other in zip(optimizer.param_groups, groups, strict=True):
+            if unknown := sorted(set(other) - set(group)):
+                raise ValueError(
+                    f"`resume_from_checkpoint={str(checkpoint)!r}` has another kind of optimizer, with {unknown}."
+                )
+            group.update({name: value for name, value in other.items() if name != "params"})
+        return
     state = state if _is_first() else {}
     if state and files[0].name == "optimizer.pt":
         name_of = {parameter: _plain_name(name) for name, parameter in model.named_parameters()}
-        names = [name_of[parameter] for group in optimizer.param_groups for parameter in group["params"]]
-        numbers = [number for group in state["param_groups"] for number in group["params"]]
-        if len(names) != len(numbers):
-            raise ValueError(
-                f"`resume_from_checkpoint={str(checkpoint)!r}` has an optimizer of {len(numbers)} parameters: the "
-                f"model trains {len(names)}."
-            )
-        name_of = dict(zip(numbers, names, strict=True))
-        groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in state["param_groups"]]
+        name_of = {number: name_of[parameter] for number, parameter in zip(saved, trained, strict=True)}
+        groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in groups]
         state = {"state": {name_of[n]: moments for n, moments in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, state, options=_options())
 

@@ -279,7 +279,10 @@ class MaskedDiffusionTrainer(Trainer):
             return super()._load_optimizer_and_scheduler(checkpoint)
         schedule = Path(checkpoint) / "scheduler.pt"
         if not schedule.exists():
-            raise ValueError(f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed: it has no scheduler.pt.")
+            raise ValueError(
+                f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed: it has no scheduler.pt "
+                f"(`save_only_model` leaves it out)."
+            )
         load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
         self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
 

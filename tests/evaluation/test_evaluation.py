@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import evaluate_word_problems
 import pytest
 import torch
+from datasets import Dataset
 from golden import CHECKPOINT, STUDENT
 from peft import LoraConfig, get_peft_model
 from rows import DATA, FUNCTION, PROGRAM, QUESTIONS, real_rows
@@ -133,8 +135,7 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
         expected = adapted(ids).logits
         adapted.save_pretrained(tmp_path / "adapter")
         arguments = {"model": CHECKPOINT, "adapter": tmp_path / "adapter", "dtype": None, "trust_remote_code": False}
-        arguments |= {"data": questions, "split": None, "limit": None, "num_fewshot": None}
-        model, _ = load_model(SimpleNamespace(**arguments), GSM8K)
+        model, _ = load_model(SimpleNamespace(**arguments))
         torch.testing.assert_close(model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1
     flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
@@ -159,7 +160,11 @@ def test_programs_are_run_only_if_allowed(tmp_path):
         (["--model", "/tmp/nowhere"], "`model='/tmp/nowhere'` is not allowed: there is no such folder"),
         (["--model", STUDENT, "--adapter", "nowhere"], "`adapter='nowhere'` is not allowed: there is no such folder"),
         (["--model", STUDENT, "--data", "no.jsonl"], "`data='no.jsonl'` is not allowed for Word problems"),
-        (["--model", STUDENT, "--batch-size", 64], "`batch_size=64` .* at most --shard-size, 32"),
+        (
+            ["--model", STUDENT, "--batch-size", 64, "--shard-size", 32],
+            "`batch_size=64` .* to --shard-size, 32",
+        ),
+        (["--model", STUDENT, "--batch-size", 0], "`batch_size=0` is not allowed"),
         (["--model", STUDENT, "--dtype", "float99"], "invalid choice: 'float99'"),
     ],
 )
@@ -209,7 +214,7 @@ def test_formulas():
     assert MATH.is_right(row, r"so \boxed{0.5}") and not MATH.is_right(row, r"so \boxed{2}")
 
 
-def test_examples_come_before_the_question(tmp_path):
+def test_examples_come_before_the_question(tmp_path, monkeypatch):
     write_lines(tmp_path / "gsm8k_train.jsonl", QUESTIONS[:2])
     write_lines(tmp_path / "gsm8k_test.jsonl", QUESTIONS[2:])
     asked = GSM8K.questions(data=tmp_path, num_fewshot=2)[0]["prompt"][0]["content"]
@@ -219,6 +224,14 @@ def test_examples_come_before_the_question(tmp_path):
     assert len(GSM8K.questions(split="train", data=tmp_path, num_fewshot=1)) == 1, "an example is no question"
     with pytest.raises(ValueError, match=r"`num_fewshot=3` is not allowed: there are 2 rows of examples"):
         GSM8K.questions(data=tmp_path, num_fewshot=3)
+    asked_of = []
+    hub = Dataset.from_list([{**row, "question": "Of the Hub?"} for row in QUESTIONS])
+    monkeypatch.setattr(
+        "dparallel.evaluation.tasks.load_dataset", lambda *name, split: asked_of.append((*name, split)) or hub
+    )
+    task = replace(GSM8K, files={"test": "gsm8k_test.jsonl"})
+    asked = task.questions(data=tmp_path, num_fewshot=1)[0]["prompt"][0]["content"]
+    assert asked.startswith("Question: Of the Hub?") and asked_of == [("openai/gsm8k", "main", "train")]
     write_lines(tmp_path / "mbpp.jsonl", [{**PROGRAM, "task_id": i} for i in (1, 2, 3, 11, 510, 511, 600, 974)])
     assert [len(MBPP.load(split, tmp_path)) for split in ("prompt", "test", "validation", "train")] == [3, 2, 2, 1]
 
@@ -232,6 +245,12 @@ def test_examples_come_before_the_question(tmp_path):
             {"split": "nonsense"},
             r"`split='nonsense'` is not allowed for GSM8K from `data='.*jsonl'`: it must be one of",
         ),
+        ({"generation_config": None}, r"`generation_config` is not allowed: name its fields"),
+        (
+            {"unmasking": "confidence_threshold", "schedule": "linear_time"},
+            r"`schedule='linear_time'` is not allowed: .* goes by",
+        ),
+        ({"thresholds": 0.5}, r"`thresholds` is not an argument of `generate"),
         ({"unmasking": "confidence", "threshold": 0.5}, r"`threshold=0.5` is not allowed: .* goes by `steps`, so it"),
         ({"cache_refresh": "previous_block"}, r"`cache_refresh='previous_block'` is not allowed: .* keeps nothing"),
         ({"unmasking": "learned_filter"}, r"`unmasking_filter=None` is not allowed"),

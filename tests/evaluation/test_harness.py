@@ -113,4 +113,5 @@ def test_from_the_shell(tasks, tmp_path):
     assert result.returncode == 0, result.stderr
     config = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["config"]
     assert config["decoding"] == {"unmasking": "entropy_threshold", "threshold": 0.1}
+    assert "forward passes per answer" in result.stderr + result.stdout
     assert config["nfe"]["word_problems"] < 10 and config["tpf"]["word_problems"] > 5

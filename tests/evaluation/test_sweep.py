@@ -84,6 +84,9 @@ def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
     for wrong in ({"margin": 1.5}, {"bar": -1}):
         with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}=.* is not allowed: it must be from 0 to 1"):
             calibration.calibrate(task, word_model, word_tokenizer, tmp_path, "entropy_threshold", [0.1], **wrong)
+    with pytest.raises(ValueError, match="`threshold=9` is not allowed"):
+        calibration.calibrate(task, word_model, word_tokenizer, tmp_path / "new", "confidence_threshold", [0.9, 9])
+    assert not (tmp_path / "new").exists(), "before slow decoding"
 
 
 def test_points_become_curves_and_areas():
@@ -100,6 +103,24 @@ def test_points_become_curves_and_areas():
     assert areas["entropy threshold"] == pytest.approx(3 * 90 + (6 - 3) * (90 + weighted) / 2)
     assert areas["entropy threshold, dual cache"] == pytest.approx(3 * 80)
     assert sweeping.fastest(points, 0.85).nfe == 10 and sweeping.fastest(points, 0.95) is None
+
+
+def test_settings_of_all_points(word_model):
+    """A cache's belong to the points that have one; a number that is wrong at one point is found before the first."""
+    common = {"cache_refresh_interval": 2, "block_length": 16, "max_new_tokens": 32}
+    points = sweeping.decodings_of(
+        word_model, {"entropy_threshold": [0.5]}, caches=["none", "dual"], limit=2, **common
+    )
+    assert points == {
+        "entropy_threshold-0.5": {"unmasking": "entropy_threshold", "threshold": 0.5, "block_length": 16,
+                                  "max_new_tokens": 32},
+        "entropy_threshold-0.5-dual": {"unmasking": "entropy_threshold", "threshold": 0.5, "block_cache": "dual",
+                                       **common},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"`threshold=2\.0` is not allowed"):
+        sweeping.decodings_of(word_model, {"confidence_threshold": [0.9, 2.0]})
+    with pytest.raises(ValueError, match="`unmasking_filter=None` is not allowed"):
+        sweeping.decodings_of(word_model, {"entropy_threshold": [0.5], "learned_filter": [0.5]})
 
 
 @pytest.mark.parametrize(

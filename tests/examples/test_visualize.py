@@ -174,6 +174,8 @@ def test_decodings_are_read(text, expected):
         (["--prompt", " "], "--prompt ' ': it must not be empty"),
         (["--output", "nowhere/page.html"], "--output nowhere/page.html: there is no folder nowhere"),
         (["--picture", "nowhere/page.png"], "--picture nowhere/page.png: there is no folder nowhere"),
+        (["--picture", "decoding.html"], "--output decoding.html: it must be another file than the picture"),
+        (["--device", "abacus"], "--device abacus: Expected one of cpu, cuda"),
         (["--decoding", "margin"], "argument --decoding: 'margin' must be JSON or unmasking=...,threshold=..."),
         (["--decoding", "{1}"], "argument --decoding: '{1}' must be JSON"),
         (["--decoding", "unmasking=best"], "`unmasking='best'` is not allowed"),

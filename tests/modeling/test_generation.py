@@ -641,7 +641,7 @@ def test_generation_config_round_trip(shipped, tmp_path):
     assert (loaded.generation_config.unmasking, loaded.generation_config.threshold) == ("entropy_threshold", 9.0)
 
 
-def test_ignored_numbers_are_mentioned(model, prompt, caplog):
+def test_ignored_numbers_are_mentioned(model, prompt, caplog, monkeypatch):
     for settings, name in (
         ({"unmasking": "confidence_threshold", "steps": 4}, "steps"),
         ({"unmasking": "confidence", "threshold": 0.5}, "threshold"),
@@ -649,11 +649,16 @@ def test_ignored_numbers_are_mentioned(model, prompt, caplog):
         ({"unmasking": "confidence", "threshold": 0}, "threshold"),
         ({"cache_refresh_interval": 2}, "cache_refresh_interval"),
         ({"cache_refresh": "previous_block"}, "cache_refresh"),
+        ({"unmasking": "confidence_threshold", "schedule": "linear_time"}, "schedule"),
     ):
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             model.generate(prompt, max_new_tokens=4, **settings)
         assert sum(f"`{name}` is ignored" in record.getMessage() for record in caplog.records) == 1
+    caplog.clear()
+    monkeypatch.setattr(model.generation_config, "steps", 4)  # of the checkpoint: nobody asked for it
+    model.generate(prompt, max_new_tokens=4, unmasking="confidence_threshold")
+    assert "is ignored" not in caplog.text
 
 
 # --- edges -----------------------------------------------------------------------------------------------------------

@@ -296,14 +296,23 @@ def test_checkpoints_that_cannot_go_on_here(tmp_path, word_tokenizer, make_train
         trainer.train(resume_from_checkpoint=str(foreign))
 
 
-def test_optimizers_without_moments_and_checkpoints_without_a_schedule(tmp_path, word_tokenizer, make_trainer):
-    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "optim": "sgd"}
-    trainer = make_trainer(tmp_path, word_tokenizer, **options)
-    trainer.train()
-    checkpoint = tmp_path / "checkpoint-1"
-    load_optimizer(trainer.model, trainer.optimizer.optimizer, checkpoint)  # as under another layout
+def test_optimizers_without_moments_and_checkpoints_without_a_schedule(
+    tmp_path, word_tokenizer, make_trainer, small_model
+):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    options |= {"lr_scheduler_type": "linear"}
+    unbroken = weights_after(make_trainer(tmp_path, word_tokenizer, **options))
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "pytorch_model_fsdp.bin").touch()  # as under another layout
+    trainer = make_trainer(tmp_path / "resumed", word_tokenizer, model=small_model(seed=5), **options)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(unbroken, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    with pytest.raises(ValueError, match=r"has an optimizer of \d+ parameters: the model trains 1"):
+        load_optimizer(trainer.model, torch.optim.SGD([next(trainer.model.parameters())]), checkpoint)
+    other = torch.optim.Adadelta([{"params": group["params"]} for group in trainer.optimizer.param_groups])
+    with pytest.raises(ValueError, match=r"has another kind of optimizer, with \['dampening', "):
+        load_optimizer(trainer.model, other, checkpoint)
     (checkpoint / "scheduler.pt").unlink()
-    (checkpoint / "pytorch_model_fsdp.bin").touch()
     with pytest.raises(ValueError, match=r"`resume_from_checkpoint=.*` is not allowed: it has no scheduler.pt"):
         trainer.train(resume_from_checkpoint=str(checkpoint))
 

@@ -140,11 +140,12 @@ def layouts(layout, family, output_dir, tokenizer):
                 output, max_steps=6, learning_rate=1e-2, lr_scheduler_type="linear", save_strategy="steps",
                 save_steps=3, per_device_train_batch_size=8 // world_size,
             )  # fmt: skip
-            if layout == "fsdp":  # and what gives weights other names there
-                args.torch_compile, args.torch_compile_backend = kind == "adapter", "eager"
-                os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(kind == "full").lower()
             if layout == "fsdp":  # accelerate shards on GPUs alone: let it take these processes for some
                 args.distributed_state._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+                # and what gives weights other names there: checkpointing here, compilation there
+                os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = str(kind == "full").lower()
+                if kind == "adapter":
+                    args.torch_compile, args.torch_compile_backend = True, "eager"
             is_read = checkpoint is not None and peft_config is None  # an adapter's base is not in its checkpoint
 
             def build(is_read=is_read, args=args, peft_config=peft_config):

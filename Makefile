@@ -2,6 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers>=5.17,<6
+TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

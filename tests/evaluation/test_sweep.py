@@ -22,12 +22,7 @@ POINT = Measurement(
 )  # fmt: skip
 
 
-def run(module, *arguments):
-    command = [sys.executable, "-m", f"dparallel.evaluation.{module}", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_a_sweep(tmp_path):
+def test_a_sweep(tmp_path, monkeypatch, capsys):
     flags = [
         "--task",
         TASK,
@@ -42,7 +37,9 @@ def test_a_sweep(tmp_path):
         "dual",
     ]
     flags += ["--decoding", "entropy_threshold=0.1,30", "confidence=32", "--max-new-tokens", 64]
-    result = run("sweep", *flags)
+    command = [sys.executable, "-m", "dparallel.evaluation.sweep", *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     points = load_measurements(tmp_path / "results.json")
     assert [[v for k, v in point.decoding.items() if k != "max_new_tokens"] for point in points] == [
@@ -53,24 +50,30 @@ def test_a_sweep(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     report = (tmp_path / "sweep.md").read_text()
     assert report.strip() in result.stdout and "- AUP of entropy threshold, dual cache: " in report
-    again = run("sweep", *flags)
-    assert again.returncode == 0 and again.stdout == result.stdout, "nothing is decoded again"
+    monkeypatch.setattr(sys, "argv", command[2:])
+    monkeypatch.setattr("dparallel.trainer.trajectories.decode_prompts", None)
+    sweeping.main()
+    assert capsys.readouterr().out == result.stdout, "nothing is decoded again"
 
 
-def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
+def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path, monkeypatch, capsys):
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 100}))
     flags = "--split validation --limit 2 --max-new-tokens 128 --margin 0 --bar 1 --thresholds 0.1 30".split()
     flags += ["--task", TASK, "--model", tmp_path / "model", "--output-dir", tmp_path / "out"]
-    result = run("calibrate", *flags)
-    assert result.returncode == 0, result.stderr
+    monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, flags)])
+    calibration.main()
     config = json.loads(path.read_text())
     assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
     assert config["max_new_tokens"] == 100, "the rest stays"
-    assert len(load_measurements(tmp_path / "out" / "results.json")) == 2 and str(tmp_path / "out") in result.stdout
-    result = run("calibrate", *flags, "--thresholds", 30)
-    assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
+    assert (
+        len(load_measurements(tmp_path / "out" / "results.json")) == 2
+        and str(tmp_path / "out") in capsys.readouterr().out
+    )
+    monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, flags), "--thresholds", "30"])
+    with pytest.raises(SystemExit, match="no threshold is that accurate; nothing was written"):
+        calibration.main()
 
 
 def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):

@@ -100,7 +100,7 @@ def test_the_benchmark_of_several_devices_refuses(flags, message):
 
 
 def test_the_table_of_caches_is_made(tmp_path):
-    rows, _ = run(SCRIPT.parents[1] / "word_problems" / "caches.py", "--problems 3 --batch_size 3", tmp_path)
+    rows, _ = run(SCRIPT.parents[1] / "word_problems" / "caches.py", "--problems 2 --batch_size 2", tmp_path)
     by_name = {(row["model"], row["cache"]): row for row in rows}
     assert len(rows) == len(by_name) == 16
     for model in ("teacher", "student"):

@@ -395,6 +395,7 @@ print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sa
     assert run(hub, code).strip() == str(word_model.generate(**ids, do_sample=False).tolist())
 
 
+@pytest.mark.parametrize("family", ["llada"], indirect=True)
 def test_the_commands(hub, folder, tmp_path):
     generate_rows().save_to_disk(tmp_path / "rows")
     env = hub.environment
@@ -407,10 +408,8 @@ def test_the_commands(hub, folder, tmp_path):
         assert result.returncode == 0, result.stderr
         assert "README.md" in result.stdout and f"{hub.url}/" in result.stdout.splitlines()[-1]
         assert "RuntimeWarning" not in result.stderr
-        again = subprocess.run(
-            command, capture_output=True, text=True, env={**env, "HF_TOKEN": "hf_wrong"}, check=False
-        )
-        assert again.returncode == 1 and "PermissionError: The Hub does not know who you are" in again.stderr
-        assert "Traceback" not in again.stderr
+    again = subprocess.run(command, capture_output=True, text=True, env={**env, "HF_TOKEN": "hf_wrong"})
+    assert again.returncode == 1 and "PermissionError: The Hub does not know who you are" in again.stderr
+    assert "Traceback" not in again.stderr
     assert repo(hub).private and repo(hub, "datasets", "user/rows").files()
     assert os.environ.get("HF_TOKEN") == hub.token

@@ -1,5 +1,5 @@
-"""What `test_two_processes.py` launches: training in the usual way or under FSDP2, or a sharded model beside a whole
-one."""
+"""What `test_two_processes.py` launches, for all families: training in the usual way or under FSDP2, or a sharded
+model beside a whole one."""
 
 import json
 import os
@@ -168,9 +168,9 @@ def layouts(layout, family, output_dir, tokenizer):
 
 
 if __name__ == "__main__":
-    task, name, output_dir = sys.argv[1:]
+    task, output_dir = sys.argv[1:]
     PartialState(cpu=True)
-    result = {
+    run = {
         "train": train,
         "evaluate": evaluate,
         "trajectories": trajectories,
@@ -178,7 +178,9 @@ if __name__ == "__main__":
         "shard_adapter": shard_adapter,
         "fsdp": partial(layouts, "fsdp"),
         "ddp": partial(layouts, "ddp"),
-    }[task](FAMILIES[name], output_dir, AutoTokenizer.from_pretrained(CHECKPOINT))
+    }[task]
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    result = {name: run(family, str(Path(output_dir) / name), tokenizer) for name, family in FAMILIES.items()}
     name = f"{task}-{os.environ.get('WORLD_SIZE', '1')}-{PartialState().process_index}.json"
     (Path(output_dir) / name).write_text(json.dumps(result))
     PartialState().wait_for_everyone()

@@ -20,7 +20,8 @@ from .sweep import DEFAULT_GRID, decodings_of, fastest, number_of, sweep, to_tab
 
 
 def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
-    """Of these thresholds the fastest whose accuracy is at most `margin` below that of one token a pass.
+    """Of these thresholds the fastest whose accuracy is at most `margin` below that of one token a pass, without a
+    cache. The thresholds are tried with the cache that the checkpoint, or `arguments`, has.
 
     Args:
         task, model, tokenizer, output_dir: see `evaluate_task`.
@@ -42,7 +43,8 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
     decodings_of(model, candidates, **arguments)  # a wrong one is refused now, and not after slow decoding
     if bar is None:
         steps = arguments.get("max_new_tokens") or task.max_new_tokens
-        points = sweep(task, model, tokenizer, Path(output_dir) / "slow", {"confidence": [steps]}, **arguments)
+        slow = {"confidence": [steps]}
+        points = sweep(task, model, tokenizer, Path(output_dir) / "slow", slow, caches=["none"], **arguments)
         bar = points[0].accuracy
     fast = sweep(task, model, tokenizer, output_dir, candidates, **arguments)
     chosen = fastest(fast, bar - margin - 1e-9)  # rounding must not decide

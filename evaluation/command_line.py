@@ -11,6 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.merge import decoding_of
 from dparallel.hub_cards.model_card import check_folder_or_hub_id
 from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
 
@@ -47,6 +48,7 @@ def add_model_arguments(parser):
     parser.add_argument("--adapter", help="Hub id or folder of a LoRA adapter for it, which is not merged")
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, help="default: auto, as saved, on a GPU, float32 on a CPU")
+    parser.add_argument("--revision", default="main", help="branch, tag or commit of the model's repository")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the repository's own Python code")
 
 
@@ -87,12 +89,13 @@ def load_model(arguments):
         check_folder_or_hub_id(name, value)
     is_gpu = torch.cuda.is_available()
     device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
-    kept = {"trust_remote_code": arguments.trust_remote_code}
+    kept = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.revision}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", **kept)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **kept)
     if arguments.adapter:
         model.load_adapter(arguments.adapter)
+        model.generation_config.update(**decoding_of(arguments.adapter))
     return model.to(device).eval(), tokenizer
 
 

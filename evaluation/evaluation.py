@@ -69,7 +69,9 @@ def evaluate_task(
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
     settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
     output_dir, start = Path(output_dir), time.perf_counter()
-    is_new, where = not any((output_dir / "answers").glob("shard-*")), _where_it_began(output_dir)
+    is_new = not any((output_dir / "answers").glob("shard-*"))
+    PartialState().wait_for_everyone()  # before the first is written
+    where = _where_it_began(output_dir, is_new)
     rows = generate_trajectories(
         model, tokenizer, questions, output_dir / "answers",
         lambda row: task.is_right(json.loads(row["row"]), row["response"]),
@@ -122,10 +124,10 @@ def check_decoding(model, decoding):
             raise ValueError(f"`{name}={decoding[name]!r}` is not allowed: {why}, so it would have no effect.")
 
 
-def _where_it_began(output_dir):
+def _where_it_began(output_dir, is_new):
     """`here_and_now()` of the run that began, so that one that goes on, on another day, writes the same."""
     path, state = output_dir / WHERE_FILE, PartialState()
-    if state.is_main_process and not path.exists():
+    if state.is_main_process and (is_new or not path.exists()):
         output_dir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(here_and_now()))
     state.wait_for_everyone()

@@ -54,13 +54,13 @@ def parse_grid(words) -> dict[str, list[float]]:
     return grid
 
 
-def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **arguments) -> list:
+def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **arguments) -> list:
     """Evaluate a model at every point of a grid.
 
     Args:
         task, model, tokenizer, output_dir: see `evaluate_task`.
         grid (dict): policy -> thresholds, or steps of a scheduled one.
-        caches (list of `str`): `block_cache` of each.
+        caches (list of `str`): `block_cache` of each; None: as the checkpoint has it.
         arguments: of `evaluate_task`.
 
     Returns:
@@ -75,10 +75,10 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=("none",), **argum
     return points
 
 
-def decodings_of(model, grid, *, caches=("none",), **arguments) -> dict[str, dict]:
+def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]:
     """The points of a grid, see `sweep`: a name for each, and its arguments of `generate()`.
 
-    Those that `arguments` has are in all of them, but a cache's only where there is one.
+    Those that `arguments` has are in all of them, but a cache's not where there is none.
 
     Raises:
         ValueError: if one of them is wrong for the model.
@@ -88,9 +88,9 @@ def decodings_of(model, grid, *, caches=("none",), **arguments) -> dict[str, dic
     for unmasking, cache in itertools.product(grid, caches):
         for value in grid[unmasking]:
             point = {"unmasking": unmasking, number_of(unmasking): value}
-            point |= {} if cache == "none" else {"block_cache": cache}
+            point |= {} if cache is None else {"block_cache": cache}
             decoding = {**common, **point}
-            if "block_cache" not in decoding:
+            if cache == "none":
                 decoding = {name: each for name, each in decoding.items() if not name.startswith("cache_refresh")}
             check_decoding(model, decoding)
             found["-".join(map(str, point.values()))] = decoding
@@ -103,7 +103,7 @@ def curves(points) -> dict[str, list]:
     for point in points:
         label = point.decoding["unmasking"].replace("_", " ")
         cache = point.decoding.get("block_cache")
-        found.setdefault(f"{label}, {cache} cache" if cache else label, []).append(point)
+        found.setdefault(label if cache in (None, "none") else f"{label}, {cache} cache", []).append(point)
     return {label: sorted(line, key=lambda point: point.nfe) for label, line in found.items()}
 
 
@@ -173,7 +173,8 @@ def main():
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument("--decoding", nargs="+", metavar="POLICY=NUMBERS", help="default: three policies")
-    parser.add_argument("--block-cache", nargs="+", default=["none"], choices=["none", "prefix", "dual"])
+    choices = ["none", "prefix", "dual"]
+    parser.add_argument("--block-cache", nargs="+", default=[None], choices=choices, help="default: the checkpoint's")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/sweep"))
     arguments = parser.parse_args()
 

@@ -100,18 +100,12 @@ def main():
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 
     merged = Path(config.output_dir) / "merged"
-    trainer.model.generation_config.update(**trainer.args.decoding)
     trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
     unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
     if model_arguments.use_peft and trainer.accelerator.is_main_process:
-        # From the folder: what is in memory may be spread over the processes.
-        merge_adapter(
-            config.output_dir,
-            merged,
-            trainer.processing_class,
-            model_init_kwargs=config.model_init_kwargs,
-            **trainer.args.decoding,
-        )
+        # From the folder: what is in memory may be spread over the processes, or quantized.
+        whole = {k: v for k, v in config.model_init_kwargs.items() if k not in ("quantization_config", "device_map")}
+        merge_adapter(config.output_dir, merged, trainer.processing_class, model_init_kwargs=whole)
     trainer.accelerator.wait_for_everyone()
 
 

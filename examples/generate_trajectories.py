@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig, TrlParser, get_quantization_config
 
 from dparallel.evaluation.command_line import load_from_file
 from dparallel.hub_cards.command_line import plain_errors
@@ -67,11 +67,15 @@ def load_judge(name):
 
 def init_kwargs(model_arguments):
     """Of `from_pretrained`, for the model."""
-    return {
+    found = {
         "revision": model_arguments.model_revision,
         "dtype": model_arguments.dtype,
         "attn_implementation": model_arguments.attn_implementation,
     }
+    quantization = get_quantization_config(model_arguments)
+    if quantization is not None:
+        found |= {"quantization_config": quantization, "device_map": {"": PartialState().device}}
+    return found
 
 
 def as_prompts(arguments, rows):
@@ -88,7 +92,9 @@ def as_prompts(arguments, rows):
 def teacher_trajectories(arguments, model_arguments, prompts, judge):
     name = model_arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_arguments.model_revision)
-    model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments)).to(PartialState().device)
+    model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments))
+    if getattr(model, "hf_quantizer", None) is None:  # those lie where they are to be
+        model.to(PartialState().device)
     settings = {"unmasking": arguments.teacher_unmasking, "threshold": arguments.teacher_threshold}
     return generate_trajectories(
         model,

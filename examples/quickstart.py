@@ -112,6 +112,7 @@ def table_row(model_name, result):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hub id or folder; default: teacher and student in the box")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of that model")
     parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
     parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 256 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -122,11 +123,10 @@ def main():
 
     batch_size = arguments.batch_size or (4 if arguments.device == "cpu" else 256)
     paths = {"model": arguments.model} if arguments.model else MODELS
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(paths.values())), trust_remote_code=True, padding_side="left")
+    trusted = {"trust_remote_code": arguments.trust_remote_code or not arguments.model}  # the box has our own
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(paths.values())), **trusted, padding_side="left")
     models = {
-        name: AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
-        .to(arguments.device)
-        .eval()
+        name: AutoModelForCausalLM.from_pretrained(path, **trusted, dtype=arguments.dtype).to(arguments.device).eval()
         for name, path in paths.items()
     }
     problems = list(islice(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED), arguments.problems))

@@ -194,6 +194,7 @@ def decode(model, tokenizer, prompt, decoding):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="Hub id or folder, any number of times; default: the box")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of these models")
     parser.add_argument(
         "--decoding", action="append", type=parse_decoding, metavar="SETTINGS",
         help="JSON or unmasking=...,threshold=..., any number of times; default: the model's own",
@@ -222,6 +223,7 @@ def main():
             parser.error(f"--{name} {path}: there is no folder {path.parent}")
 
     models = {path: path for path in arguments.model} if arguments.model else MODELS
+    trusted = {"trust_remote_code": arguments.trust_remote_code or not arguments.model}  # the box has our own
     decodings = dict.fromkeys(models, arguments.decoding or [{}])
     if not arguments.model and not arguments.decoding:
         decodings = DECODINGS
@@ -230,8 +232,8 @@ def main():
     for name, path in models.items():
         with plain_errors(ValueError, OSError):
             check_folder_or_hub_id("model", path)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)
-            model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=arguments.dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path, **trusted)
+            model = AutoModelForCausalLM.from_pretrained(path, **trusted, dtype=arguments.dtype)
         model = model.to(arguments.device).eval()
         own = own_decoding(model) or DEFAULT_DECODING
         for given in decodings[name]:

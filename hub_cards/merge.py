@@ -1,11 +1,13 @@
 """From an adapter to a plain checkpoint that anybody loads."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import cached_file
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
@@ -27,7 +29,8 @@ def merge_adapter(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to the adapter's, or else to the base model's.
         base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
         model_init_kwargs (`dict`, *optional*): of `from_pretrained` for the base model; `dtype="auto"` by default.
-        generation_settings: fields of `DiffusionGenerationConfig`.
+        generation_settings: fields of `DiffusionGenerationConfig`; by default what the folder's `training.json` says
+            that the adapter was distilled for.
 
     Returns:
         `PreTrainedModel`: the merged model.
@@ -46,6 +49,8 @@ def merge_adapter(
     config = adapter.active_peft_config
     if not hasattr(adapter.base_model, "merge_and_unload") or config.is_prompt_learning:
         raise ValueError(f"`adapter` is of type {config.peft_type.value}, which has no weights to merge.")
+    if source is not None and not generation_settings:
+        generation_settings = decoding_of(source)
     # Before the merge, so that a wrong setting leaves the model as it was.
     generation_config = copy.deepcopy(adapter.generation_config)
     if generation_settings.get("unmasking", generation_config.unmasking) != generation_config.unmasking:
@@ -63,3 +68,11 @@ def merge_adapter(
     if source is not None and (Path(source) / TRAINING_FILE).exists():
         shutil.copy(Path(source) / TRAINING_FILE, output_dir)  # for its card
     return model
+
+
+def decoding_of(source) -> dict:
+    """The arguments of `generate()` that an adapter or a model, a folder or Hub id, was distilled for; {} if its
+    `training.json` does not say."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    path = cached_file(str(source), TRAINING_FILE, **missing)
+    return {} if path is None else json.loads(Path(path).read_text()).get("decoding") or {}

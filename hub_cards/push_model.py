@@ -1,7 +1,7 @@
 """Share a model: merged, with its code, its card and what it was measured to do.
 
-    python -m dparallel.hub_cards.push_model runs/llada user/my-model --results runs/gsm8k/results.json
-    python -m dparallel.hub_cards.push_model runs/llada user/my-model --dry-run my-model    # writes the folder alone
+    python -m dparallel.hub_cards.push_model runs/llada/merged user/my-model --results runs/gsm8k/results.json
+    python -m dparallel.hub_cards.push_model runs/llada/merged user/my-model --dry-run my-model    # pushes nothing
 
 The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
 """

@@ -51,7 +51,7 @@ def push_model(
     """Push a model in one commit: weights as safetensors, remote code, configurations, tokenizer with chat template,
     filter if it has one, card.
 
-        push_model("runs/llada", "user/my-model", results=["runs/gsm8k/results.json"])
+        push_model("runs/llada/merged", "user/my-model", results=["runs/gsm8k/results.json"])
 
     Args:
         model (`PreTrainedModel`, `PeftModel`, `str` or `Path`): the model, or a folder or Hub id of one, or of an

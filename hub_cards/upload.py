@@ -8,6 +8,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import sha
 from transformers.utils import logging
 
+import dparallel.modeling
+
 logger = logging.get_logger(__name__)
 
 ATTEMPTS, WAIT = 4, 2.0  # of the commit; seconds before the second, doubled each time
@@ -16,8 +18,17 @@ PATTERNS = {
     "model": (*MODEL_FILES, *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py"))),
     "dataset": ("*.md", "data/*.parquet"),
 }
-# What an earlier push may have left and this one does not have: a loader would read it.
-OUTDATED = {"model": (".safetensors", ".safetensors.index.json", ".py"), "dataset": (".parquet",)}
+CODE = {path.name for path in Path(dparallel.modeling.__file__).parent.glob("*.py")}
+
+
+def is_ours(path, repo_type) -> bool:
+    """May an earlier push have left this file of a repository, so that a loader would read it beside what is there
+    now? Or a training, which pushes its arguments as a pickle. Checkpoints and other people's files are not ours."""
+    folder, _, name = path.rpartition("/")
+    if repo_type == "dataset":
+        return folder == "data" and name.endswith(".parquet")
+    is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
+    return folder in ("", "unmasking_filter") and (is_weights or name in CODE or path == "training_args.bin")
 
 
 def files_to_push(folder, repo_type="model") -> dict[str, Path]:
@@ -95,7 +106,9 @@ def _commit(api, place, files, revision, create_pr, message):
         if head != parent and not _is_there(api, place, files, revision):
             raise RuntimeError(f"Somebody committed to {place['repo_id']} during this push: push again, on top of it.")
         there = api.list_repo_files(**place, revision=revision)
-        outdated = [path for path in there if path.endswith(OUTDATED[place["repo_type"]]) and path not in files]
+        outdated = [path for path in there if is_ours(path, place["repo_type"]) and path not in files]
+        if outdated and attempt == 0:
+            print(f"Going from {place['repo_id']}, left by an earlier push or training: {', '.join(outdated)}")
         operations = [CommitOperationDelete(path) for path in outdated]
         operations += [CommitOperationAdd(path, source) for path, source in files.items()]
         try:

@@ -11,6 +11,10 @@ from .masked_diffusion_config import MaskedDiffusionConfig
 
 logger = get_logger(__name__)
 
+# Policies that a student is trained for: by what it predicts, and not by a filter, which is trained after it.
+STUDENT_POLICIES = tuple(
+    name for name, policy in POLICIES.items() if not policy.is_scheduled and name != "learned_filter"
+)
 MASKINGS = ("block", "response", "trajectory")
 # What dParallel published for each family, by the model's `model_type`.
 PUBLISHED = {
@@ -75,7 +79,7 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         default="entropy_threshold",
         metadata={
             "help": "Policy that the student will decode with: for `unmasked_share` in the log, and for evaluation.",
-            "choices": [name for name, policy in POLICIES.items() if not policy.is_scheduled],
+            "choices": list(STUDENT_POLICIES),
         },
     )
     threshold: float | None = field(default=None, metadata={"help": "Its threshold; None for the policy's default."})
@@ -101,8 +105,8 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         weight = self.certainty_weight
         self._require(weight is None or 0 <= weight, "certainty_weight", "at least 0, or None")
         self._require(0 < self.certainty_temperature, "certainty_temperature", "above 0")
-        thresholded = [name for name, policy in POLICIES.items() if not policy.is_scheduled]
-        self._require(self.unmasking in thresholded, "unmasking", f"one of {', '.join(map(repr, thresholded))}")
+        allowed = f"one of {', '.join(map(repr, STUDENT_POLICIES))}"
+        self._require(self.unmasking in STUDENT_POLICIES, "unmasking", allowed)
         policy = POLICIES[self.unmasking]
         if self.threshold is None:
             self.threshold = policy.default

@@ -19,6 +19,11 @@ from .trajectories import decode_prompts
 NO_STEPS = "`unmasking_step`, which `masking='trajectory'` needs: `generate_trajectories` writes that column."
 
 
+def _parts(dataset):
+    """A dataset, none, or several by name, as a list."""
+    return [] if dataset is None else list(dataset.values()) if isinstance(dataset, dict) else [dataset]
+
+
 class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     """dParallel's distillation ("dParallel: Learnable Parallel Decoding for dLLMs", https://arxiv.org/abs/2509.26488).
 
@@ -77,11 +82,23 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         self.judge = judge
         self._decoding_rows = []
         self._raw_eval_dataset = eval_dataset
-        if (args.metric_for_best_model or "").endswith("decoding_accuracy") and judge is None:
-            raise ValueError(f"`metric_for_best_model={args.metric_for_best_model!r}` needs a `judge`.")
-        columns = [] if train_dataset is None else next(iter(self.train_dataset))
-        if args.masking == "trajectory" and train_dataset is not None and "unmasking_step" not in columns:
-            raise ValueError(f"`train_dataset` has no {NO_STEPS}")
+        args, best = self.args, self.args.metric_for_best_model or ""
+        if best.endswith("decoding_accuracy") and judge is None:
+            raise ValueError(f"`metric_for_best_model={best!r}` needs a `judge`.")
+        if best.endswith(("decoding_accuracy", "nfe", "tpf")) and not args.eval_decoding_samples:
+            raise ValueError(f"`metric_for_best_model={best!r}` needs `eval_decoding_samples` of at least 1.")
+        for name, dataset in (("train_dataset", self.train_dataset), ("eval_dataset", self.eval_dataset)):
+            for part in _parts(dataset):
+                if args.masking == "trajectory" and "unmasking_step" not in next(iter(part)):
+                    raise ValueError(f"`{name}` has no {NO_STEPS}")
+        for part in _parts(eval_dataset):
+            self._rows_to_decode(part)
+
+    def _save(self, output_dir=None, state_dict=None):
+        # What is saved decodes as it was trained to, and not as its teacher does.
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        model.generation_config.update(steps=None, **self.args.decoding)
+        super()._save(output_dir, state_dict)
 
     def draw_masks(self, inputs, response, **randomness):
         args = self.args
@@ -128,13 +145,17 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
             raw = self._raw_eval_dataset
         elif isinstance(eval_dataset, str):
             raw = self._raw_eval_dataset[eval_dataset]
-        self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
-        if self._decoding_rows and not {"prompt", "messages"} & set(self._decoding_rows[0]):
+        self._decoding_rows = self._rows_to_decode(raw)
+        return super().get_eval_dataloader(eval_dataset)
+
+    def _rows_to_decode(self, dataset):
+        rows = list(islice(dataset, self.args.eval_decoding_samples))
+        if rows and not {"prompt", "messages"} & set(rows[0]):
             raise ValueError(
                 f"`eval_decoding_samples={self.args.eval_decoding_samples}` needs the column `prompt` or `messages`, "
-                f"but the evaluation dataset has {sorted(self._decoding_rows[0])}."
+                f"but the evaluation dataset has {sorted(rows[0])}."
             )
-        return super().get_eval_dataloader(eval_dataset)
+        return rows
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -7,6 +7,8 @@ from transformers import TrainingArguments
 
 from .losses import LOSS_WEIGHTINGS
 
+SMALLER_IS_BETTER = ("nfe", "mean_entropy")  # of the metrics; of losses TrainingArguments knows it
+
 
 @dataclass
 class MaskedDiffusionConfig(TrainingArguments):
@@ -73,6 +75,8 @@ class MaskedDiffusionConfig(TrainingArguments):
             self._require(value is None or value >= 1 or (value == 0 and is_left_open), name, "at least 1, or None")
         allowed = f"one of {', '.join(map(repr, LOSS_WEIGHTINGS))}"
         self._require(self.loss_weighting in LOSS_WEIGHTINGS, "loss_weighting", allowed)
+        if self.greater_is_better is None and (self.metric_for_best_model or "").endswith(SMALLER_IS_BETTER):
+            self.greater_is_better = False
         super().__post_init__()
 
     def completed(self, model_type: str) -> "MaskedDiffusionConfig":

@@ -144,6 +144,9 @@ class MaskedDiffusionTrainer(Trainer):
             }
         elif eval_dataset is not None:
             eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", processing_class, args)
+        if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
+            # Each process reads its part: from the first one's, batches would have to be of one width.
+            args.accelerator_config.dispatch_batches = False
         super().__init__(
             model=model,
             args=args,
@@ -383,10 +386,12 @@ class MaskedDiffusionTrainer(Trainer):
             save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
 
     def create_model_card(
-        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, dataset=None, **_
-    ):
+        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None,
+        dataset_tags=None, dataset=None, dataset_args=None,
+    ):  # fmt: skip
         """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
-        (see `hub_cards.model_card`), after saving it there if that was not done."""
+        (see `hub_cards.model_card`), after saving it there if that was not done. Arguments as in `Trainer`; the card
+        has no place for `tasks`, `dataset_tags` and `dataset_args`."""
         folder = Path(self.args.output_dir)
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             self.save_model(_internal_call=True)

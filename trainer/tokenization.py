@@ -21,7 +21,8 @@ def prepare_example(example, index=None, *, tokenizer, max_length, response_leng
         raise ValueError(f"`{name}` has an example with the mask token, id {mask_token_id}: {example}.")
     if index is None:
         index = int.from_bytes(hashlib.blake2b(repr(row["input_ids"]).encode(), digest_size=7).digest(), "big")
-    return {**row, "example_id": example.get("example_id", index)}
+    own = example.get("example_id")  # of trajectories; another dataset's may be text
+    return {**row, "example_id": own if isinstance(own, int) else index}
 
 
 def has_response(row, counts=None, name=None):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from peft import PeftType
 from transformers import TrainingArguments
 
 from dparallel.hub_cards.model_card import TRAINING_FILE, is_hub_id
@@ -50,9 +51,8 @@ def training_record(trainer, datasets) -> dict:
         "model_type": model.config.model_type,
         "datasets": datasets,
         "arguments": {"global batch": batch_size, **{name: str(value) for name, value in arguments.items()}},
-        "adapter": adapter and {
-            "r": adapter.r, "lora_alpha": adapter.lora_alpha, "target_modules": _as_text(adapter.target_modules),
-        },
+        "adapter": adapter and _describe(adapter),
+        "decoding": getattr(args, "decoding", None),
         "steps": trainer.state.global_step,
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
         "hardware": f"{args.world_size} x {hardware}",
@@ -67,8 +67,14 @@ def _version(package):
         return None
 
 
-def _as_text(modules):
-    return modules if isinstance(modules, str) else ", ".join(sorted(modules))
+def _describe(adapter):
+    """Those of LoRA's settings that an adapter has, and its kind if it is another."""
+    settings = adapter.to_dict()
+    found = {name: settings[name] for name in ("r", "lora_alpha") if settings.get(name) is not None}
+    modules = settings.get("target_modules") or ()
+    if adapter.peft_type != PeftType.LORA:
+        found["peft_type"] = adapter.peft_type.value
+    return found | {"target_modules": modules if isinstance(modules, str) else ", ".join(sorted(modules))}
 
 
 def save_training_record(trainer, datasets, folder):

@@ -69,9 +69,11 @@ def generate_trajectories(
     taken = sorted(set(COLUMNS) & set(prompts.column_names))
     if taken:
         raise ValueError(f"`prompts` has the columns {taken}, which the trajectories need: rename them.")
+    if "generation_config" in settings:
+        raise ValueError("`generation_config` is not allowed: name its fields, which are saved with the answers.")
     settings = {"max_new_tokens": max_new_tokens, "unmasking": unmasking, **settings}
     # What the checkpoint's own configuration adds decides the answers, too.
-    config, unknown = model._prepare_generation_config(settings.pop("generation_config", None), **settings)
+    config, unknown = model._prepare_generation_config(None, **settings)
     if unknown:
         raise ValueError(f"{sorted(unknown)} are no fields of DiffusionGenerationConfig: only those can be saved.")
     model._check_config(config, {})

@@ -56,7 +56,14 @@ class Study:
 
     def __init__(self, arguments):
         self.arguments, self.path = arguments, arguments.output_dir / "results.json"
-        self.results = json.loads(self.path.read_text()) if self.path.exists() else here_and_now() | {"rows": {}}
+        asked = {name: str(getattr(arguments, name)) for name in ("models", "prompts", "epochs")}
+        self.results = here_and_now() | {"asked": asked, "rows": {}}
+        if self.path.exists():
+            self.results = json.loads(self.path.read_text())
+            if self.results.get("asked") != asked:
+                raise SystemExit(
+                    f"{self.path} is of {self.results.get('asked')}, not of {asked}: choose another folder."
+                )
         self.is_gpu = torch.cuda.is_available()
         self.tokenizer = AutoTokenizer.from_pretrained(HERE / "checkpoint", padding_side="left")
         self.models, self.filters = {}, {}

@@ -134,8 +134,11 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
         adapted = get_peft_model(base, config).eval()
         expected = adapted(ids).logits
         adapted.save_pretrained(tmp_path / "adapter")
+        decoding = {"unmasking": "entropy_bound", "threshold": 0.3, "block_length": 16}
+        (tmp_path / "adapter" / "training.json").write_text(json.dumps({"decoding": decoding}))
         arguments = {"model": CHECKPOINT, "adapter": tmp_path / "adapter", "dtype": None, "trust_remote_code": False}
-        model, _ = load_model(SimpleNamespace(**arguments))
+        model, _ = load_model(SimpleNamespace(**arguments, revision="main"))
+        assert {name: getattr(model.generation_config, name) for name in decoding} == decoding
         torch.testing.assert_close(model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1
     flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
@@ -288,6 +291,19 @@ def test_a_smaller_batch_goes_on_and_another_day_changes_nothing(
     assert [(tmp_path / name).read_bytes() for name in ("results.json", "samples.jsonl")] == before
     with pytest.raises(ValueError, match=r"`batch_size=0` is not allowed: it must be an integer of at least 1"):
         evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, batch_size=0, **arguments)
+
+
+def test_where_an_evaluation_began_is_where_its_first_answers_are_of(
+    word_model, word_tokenizer, questions, tmp_path, monkeypatch
+):
+    there = {"hardware": "another machine", "date": "2020-01-01", "versions": "none"}
+    with monkeypatch.context() as patch:
+        patch.setattr("dparallel.evaluation.evaluation.here_and_now", lambda: there)
+        patch.setattr("dparallel.trainer.trajectories.decode_prompts", lambda *_, **__: pytest.fail("interrupted"))
+        with pytest.raises(pytest.fail.Exception):
+            evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, data=questions, max_new_tokens=16)
+    result = evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path, data=questions, max_new_tokens=16)
+    assert result.hardware != "another machine" and result.date != "2020-01-01"
 
 
 def test_rows_of_another_benchmark(questions):

@@ -43,8 +43,10 @@ def test_a_sweep(tmp_path, monkeypatch, capsys):
     assert result.returncode == 0, result.stderr
     points = load_measurements(tmp_path / "results.json")
     assert [[v for k, v in point.decoding.items() if k != "max_new_tokens"] for point in points] == [
-        ["entropy_threshold", 0.1], ["entropy_threshold", 30.0], ["entropy_threshold", 0.1, "dual"],
-        ["entropy_threshold", 30.0, "dual"], ["confidence", 32], ["confidence", 32, "dual"],
+        [policy, value, cache]
+        for policy, values in (("entropy_threshold", [0.1, 30.0]), ("confidence", [32]))
+        for cache in ("none", "dual")
+        for value in values
     ]  # fmt: skip
     assert all(point.seconds > 0 for point in points) and points[0].nfe > points[1].nfe
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
@@ -82,7 +84,7 @@ def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
     chosen, points = calibration.calibrate(
         task, word_model, word_tokenizer, tmp_path, "confidence_threshold", [0.9], **arguments
     )
-    assert points[0].decoding == {"unmasking": "confidence", "steps": 128}
+    assert points[0].decoding == {"unmasking": "confidence", "steps": 128, "block_cache": "none"}
     assert points[0].nfe > 2 * points[1].nfe and points[0].accuracy == 1 and chosen == points[1]
     for wrong in ({"margin": 1.5}, {"bar": -1}):
         with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}=.* is not allowed: it must be from 0 to 1"):
@@ -109,17 +111,14 @@ def test_points_become_curves_and_areas():
 
 
 def test_settings_of_all_points(word_model):
-    """A cache's belong to the points that have one; a number that is wrong at one point is found before the first."""
+    """A cache's are not where there is none; what is wrong at one point is found before the first is decoded."""
     common = {"cache_refresh_interval": 2, "block_length": 16, "max_new_tokens": 32}
-    points = sweeping.decodings_of(
-        word_model, {"entropy_threshold": [0.5]}, caches=["none", "dual"], limit=2, **common
-    )
-    assert points == {
-        "entropy_threshold-0.5": {"unmasking": "entropy_threshold", "threshold": 0.5, "block_length": 16,
-                                  "max_new_tokens": 32},
-        "entropy_threshold-0.5-dual": {"unmasking": "entropy_threshold", "threshold": 0.5, "block_cache": "dual",
-                                       **common},
-    }  # fmt: skip
+    grid, point = {"entropy_threshold": [0.5]}, {"unmasking": "entropy_threshold", "threshold": 0.5}
+    assert sweeping.decodings_of(word_model, grid, caches=["none", "dual"], limit=2, **common) == {
+        "entropy_threshold-0.5-none": point | {"block_cache": "none", "block_length": 16, "max_new_tokens": 32},
+        "entropy_threshold-0.5-dual": point | {"block_cache": "dual"} | common,
+    }
+    assert "block_cache" not in sweeping.decodings_of(word_model, grid)["entropy_threshold-0.5"]
     with pytest.raises(ValueError, match=r"`threshold=2\.0` is not allowed"):
         sweeping.decodings_of(word_model, {"confidence_threshold": [0.9, 2.0]})
     with pytest.raises(ValueError, match="`unmasking_filter=None` is not allowed"):

@@ -14,8 +14,9 @@ from types import SimpleNamespace
 import distillation
 import pytest
 import quickstart
+from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
-from distill import DistillArguments, load_judge
+from distill import DistillArguments, init_kwargs, load_judge
 from golden import CHECKPOINT, STUDENT
 from judges import final_number
 from safetensors.torch import load_file
@@ -208,6 +209,12 @@ def test_passes_at_an_accuracy_are_interpolated():
     assert distillation.spread([(9.0, False), None]) == "reached by 1 of 2 seeds"
 
 
+def test_quantized_models_are_asked_for():
+    assert "quantization_config" not in init_kwargs(ModelConfig(dtype="bfloat16"))
+    found = init_kwargs(ModelConfig(dtype="bfloat16", load_in_4bit=True, bnb_4bit_quant_type="nf4"))
+    assert found["quantization_config"].load_in_4bit and found["device_map"] == {"": PartialState().device}
+
+
 @pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").iterdir()), ids=lambda path: path.stem)
 def test_recipes_are_understood(recipe, tmp_path):
     parser = TrlParser((DistillArguments, CertaintyForcingConfig, ModelConfig))
@@ -263,5 +270,7 @@ def test_the_comparison_of_filters_runs_and_goes_on(tmp_path):
         assert any(row.startswith(f"| {name}") for row in rows), name
     start = time.time()
     again = run("word_problems/learned_filter.py", *flags, cwd=tmp_path)
+    other = run("word_problems/learned_filter.py", *flags, "--epochs", 4, cwd=tmp_path)
+    assert other.returncode == 1 and "'epochs': '3'}, not of" in other.stderr
     tables = [each.stdout[each.stdout.index("Answers of up to") :] for each in (result, again)]
     assert tables[0] == tables[1] and time.time() - start < 60

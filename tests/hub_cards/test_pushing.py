@@ -166,17 +166,25 @@ def generate_rows(count=4):
     )  # fmt: skip
 
 
-def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer):
+def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer, capsys):
     model.save_pretrained(folder.parent / "sharded", max_shard_size="100KB")
     word_tokenizer.save_pretrained(folder.parent / "sharded")
     push(folder)
     branch = HfApi(endpoint=hub.url)
     branch.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/model")
-    branch.upload_file(path_or_fileobj=b"old", path_in_repo="model-00002-of-00002.safetensors", repo_id="user/model")
+    old = ["model-00002-of-00002.safetensors", "training_args.bin", "unmasking_filter/model.safetensors", "canvas.py"]
+    theirs = ["handler.py", "examples/canvas.py", "checkpoint-1/model.safetensors", "checkpoint-1/training_args.bin"]
+    for name in (*old, *theirs):
+        branch.upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id="user/model")
+    old.remove("canvas.py")  # is pushed anew
     push(folder)
     files = repo(hub).files()
-    assert "model-00002-of-00002.safetensors" not in files and "notes.txt" in files
-    assert len([name for name in files if name.endswith(".safetensors")]) == 1
+    assert not set(old) & set(files) and {"notes.txt", "canvas.py", *theirs} <= set(files)
+    assert (
+        f"Going from user/model, left by an earlier push or training: {', '.join(sorted(old))}"
+        in capsys.readouterr().out
+    )
+    assert len([name for name in files if name.endswith(".safetensors") and "/" not in name]) == 1
 
 
 def test_a_training_names_the_datasets_that_it_was_given(hub):

@@ -6,8 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 from families import FAMILIES
+from peft import IA3Config, LoraConfig
 from test_masked_diffusion_trainer import EOS, MASK, any_model, rows, weights_after
 
+from dparallel.hub_cards import merge_adapter
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, MaskedDiffusionConfig
 from dparallel.trainer.losses import certainty_forcing_loss
 from dparallel.trainer.masking import complementary_masks, response_mask
@@ -167,7 +169,7 @@ def test_training_logs_its_terms_and_decodes(tmp_path, word_tokenizer, masking, 
     trainer = make_trainer(
         tmp_path, word_tokenizer, dataset=dataset, eval_dataset=examples, judge=judge, masking=masking, max_steps=60,
         learning_rate=1e-2, eval_strategy="steps", eval_steps=30, save_strategy="steps", save_steps=30,
-        load_best_model_at_end=True, metric_for_best_model="eval_nfe", greater_is_better=False,
+        load_best_model_at_end=True, metric_for_best_model="eval_nfe",
         eval_decoding_samples=4, eval_max_new_tokens=16, eval_decoding_batch_size=3,
     )  # fmt: skip
     trainer.train()
@@ -222,6 +224,25 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, 
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
     resumed = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     assert torch.equal(unbroken, resumed)
+
+
+@pytest.mark.parametrize("kind", ["all weights", "LoRA", "IA3"])
+def test_what_is_saved_decodes_as_it_was_trained_to(tmp_path, word_tokenizer, make_trainer, small_model, kind):
+    adapters = {"LoRA": LoraConfig(r=2), "IA3": IA3Config(target_modules=["q_proj"], feedforward_modules=[])}
+    model = small_model()
+    model.generation_config.update(unmasking="confidence", steps=8)
+    options = {"max_steps": 1, "unmasking": "entropy_bound", "threshold": 0.2, "peft_config": adapters.get(kind)}
+    saved = tmp_path / "out"
+    trainer = make_trainer(saved, word_tokenizer, model=model, **options)
+    trainer.train()
+    trainer.save_model()
+    if kind == "all weights":
+        config = type(model).from_pretrained(saved).generation_config
+    else:
+        small_model().save_pretrained(tmp_path / "base")
+        kwargs = {"base_model": str(tmp_path / "base"), "model_init_kwargs": {"dtype": "float32"}}
+        config = merge_adapter(saved, tmp_path / "merged", word_tokenizer, **kwargs).generation_config
+    assert (config.unmasking, config.threshold, config.steps) == ("entropy_bound", 0.2, None)
 
 
 def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer, make_trainer):
@@ -294,6 +315,7 @@ def test_families_without_published_settings_are_told_so(tmp_path, word_tokenize
         ({"certainty_weight": -1.0}, "`certainty_weight=-1.0` is not allowed"),
         ({"trajectory_weight": -1.0}, "`trajectory_weight=-1.0` is not allowed"),
         ({"unmasking": "confidence"}, "`unmasking='confidence'` is not allowed"),
+        ({"unmasking": "learned_filter"}, "`unmasking='learned_filter'` is not allowed"),
         ({"unmasking": "confidence_threshold", "threshold": 1.5}, "`threshold=1.5` is not allowed"),
         ({"eval_decoding_samples": -1}, "`eval_decoding_samples=-1` is not allowed"),
         ({"eval_max_new_tokens": 0}, "`eval_max_new_tokens=0` is not allowed"),
@@ -312,8 +334,15 @@ def test_wrong_inputs(tmp_path, word_tokenizer, make_trainer, small_model):
         make_trainer(tmp_path, word_tokenizer, masking="trajectory")
     with pytest.raises(ValueError, match="'decoding_accuracy'` needs a `judge`"):
         make_trainer(tmp_path, word_tokenizer, metric_for_best_model="decoding_accuracy")
-    with pytest.raises(ValueError, match=r"`eval_decoding_samples=2` needs the column `prompt` or `messages`"):
-        text = Dataset.from_list([{"text": "So it is 3."}])
-        make_trainer(tmp_path, word_tokenizer, eval_dataset=text, eval_decoding_samples=2).evaluate()
+    for name in ("eval_decoding_accuracy", "nfe", "eval_tpf"):
+        with pytest.raises(ValueError, match=f"`metric_for_best_model='{name}'` needs `eval_decoding_samples` of"):
+            make_trainer(tmp_path, word_tokenizer, metric_for_best_model=name, judge=bool)
+    text = Dataset.from_list([{"text": "So it is 3."}])
+    for dataset in (text, {"a": text}):
+        with pytest.raises(ValueError, match=r"`eval_decoding_samples=2` needs the column `prompt` or `messages`"):
+            make_trainer(tmp_path, word_tokenizer, eval_dataset=dataset, eval_decoding_samples=2)
+    with pytest.raises(ValueError, match="`eval_dataset` has no `unmasking_step`"):
+        dataset = trajectories(word_tokenizer)
+        make_trainer(tmp_path, word_tokenizer, dataset=dataset, eval_dataset=text, masking="trajectory")
     with pytest.raises(ValueError, match=r"has the columns \['answer', 'question'\]"):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([{"question": "a", "answer": "b"}]))

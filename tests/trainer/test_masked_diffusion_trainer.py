@@ -117,6 +117,8 @@ def test_rows_without_a_response_are_counted(tmp_path, word_tokenizer, caplog, m
         trainer = make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([*rows(3), long, long]))
     assert "2 of 5 examples dropped" in caplog.text and "max_length=64" in caplog.text
     assert trainer.train_dataset["example_id"][:] == [0, 1, 2]
+    named = Dataset.from_list([{**row, "example_id": f"question {i}"} for i, row in enumerate(rows(3))])
+    assert make_trainer(tmp_path, word_tokenizer, dataset=named).train_dataset["example_id"][:] == [0, 1, 2]
     with pytest.raises(ValueError, match="`train_dataset` has no example with a response"):
         make_trainer(tmp_path, word_tokenizer, dataset=Dataset.from_list([long]))
 
@@ -422,6 +424,8 @@ def test_evaluation_of_another_dataset(tmp_path, word_tokenizer, make_trainer):
     again = trainer.evaluate(Dataset.from_list(rows(8)))
     assert again["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
     trainer.create_model_card()
+    with pytest.raises(TypeError, match="licence"):
+        trainer.create_model_card(licence="mit")
     assert "- dparallel" in (tmp_path / "README.md").read_text()
 
 

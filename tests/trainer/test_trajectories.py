@@ -144,6 +144,7 @@ def test_the_checksum_is_that_of_plain_integers():
         ([{"prompt": "a"}], {**SETTINGS, "judge": lambda row: None}, "returned None for example 0"),
         ([{"question": "a"}], {}, r"a column `prompt`, but got \['question'\]"),
         ([{"prompt": "a", "correct": 1}], {}, r"has the columns \['correct'\]"),
+        ([{"prompt": "a"}], {"generation_config": None}, "`generation_config` is not allowed: name its fields"),
         ([{"prompt": ""}], {}, "`prompt=''` is empty"),
         ([{"prompt": "a"}], {"num_return_sequences": 2, "do_sample": True}, "`num_return_sequences=2` must be 1"),
         ([{"prompt": "a"}], {"treshold": 2}, r"\['treshold'\] are no fields of DiffusionGenerationConfig"),

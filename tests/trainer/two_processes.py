@@ -24,15 +24,21 @@ from dparallel.trainer import CertaintyForcingTrainer, generate_trajectories
 
 
 def train(family, output_dir, tokenizer):
-    """Logs of a short run with a global batch of 8."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    args = settings(output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=8 // world_size)
-    trainer = CertaintyForcingTrainer(
-        family.small(), args, train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
-    )
-    trainer.train()
-    names = ("loss", "trajectory_loss", "certainty_loss", "mean_entropy")
-    return [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
+    """Logs of short runs with a global batch of 8, on rows that are all there, and on a stream of unequal lengths."""
+    world_size, curves = int(os.environ.get("WORLD_SIZE", "1")), []
+    whole = Dataset.from_list(rows())
+    for dataset, changes in (
+        (whole, {}),
+        (whole.to_iterable_dataset(), {"max_length": None, "response_length": 16}),
+    ):
+        args = settings(
+            output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=8 // world_size, **changes
+        )
+        trainer = CertaintyForcingTrainer(family.small(), args, train_dataset=dataset, processing_class=tokenizer)
+        trainer.train()
+        names = ("loss", "trajectory_loss", "certainty_loss", "mean_entropy")
+        curves.append([[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry])
+    return curves
 
 
 def evaluate(family, output_dir, tokenizer):

@@ -65,7 +65,8 @@ AUTOREGRESSIVE_FIELDS = (
     "penalty_alpha dola_layers low_memory prompt_lookup_num_tokens assistant_early_exit is_assistant use_mtp "
     "speculation_type guidance_scale watermarking_config token_healing output_scores output_logits output_attentions "
     "output_hidden_states cache_implementation cache_config max_cache_len prefill_chunk_size "
-    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id no_repeat_ngram_size min_length"
+    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id no_repeat_ngram_size min_length "
+    "forced_bos_token_id"
 ).split()
 
 
@@ -201,26 +202,38 @@ class DiffusionGenerationConfig(GenerationConfig):
     def validate(self, *args, **kwargs):
         super().validate(*args, **kwargs)
         positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
-        for name, low in (*((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0)):
+        for name, low in (
+            *((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0), ("min_new_tokens", 0),
+        ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
         choices = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
-        choices |= {"cache_refresh": CACHE_REFRESHES, "stop_at_eos": (True, False)}
+        flags = ("stop_at_eos", "do_sample", "return_dict_in_generate", "disable_compile")
+        choices |= {"cache_refresh": CACHE_REFRESHES} | dict.fromkeys(flags, (True, False))
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
-        bounds = {"temperature": math.inf, "unmasking_temperature": math.inf, "max_time": math.inf}
-        for name, high in (bounds | {"top_p": 1.0, "eos_threshold": 1.0}).items():
+        for name in ("temperature", "unmasking_temperature", "max_time"):
             value = getattr(self, name)
-            ok = value is None or (is_number(value) and 0.0 <= value <= high)
-            require(ok, name, value, f"a number from 0 to {high:g}")
+            ok = value is None or (is_number(value) and 0.0 <= value < math.inf)
+            require(ok, name, value, "a finite number of at least 0")
+        for name in ("top_p", "eos_threshold", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
+            value = getattr(self, name)
+            ok = value is None or (is_number(value) and 0.0 <= value <= 1.0)
+            require(ok, name, value, "a number from 0 to 1")
+        value = self.repetition_penalty
+        ok = value is None or (is_number(value) and 0.0 < value < math.inf)
+        require(ok, "repetition_penalty", value, "a finite number above 0")
         ok = self.eps is None or (is_number(self.eps) and 0.0 < self.eps < 1.0)
         require(ok, "eps", self.eps, "a number between 0 and 1")
         if self.threshold is not None:
-            unmasking = self.unmasking or DEFAULTS["unmasking"]
-            policy = POLICIES[unmasking]
-            ok = is_number(self.threshold) and policy.allows(self.threshold)
-            require(ok, "threshold", self.threshold, f"a number {policy.range} for `unmasking={unmasking!r}`")
+            # Without a policy, the checkpoint's decides, and this is looked at again when that is known.
+            named = {self.unmasking: POLICIES[self.unmasking]} if self.unmasking else POLICIES
+            ok = is_number(self.threshold) and any(policy.allows(self.threshold) for policy in named.values())
+            allowed = ", or ".join(
+                f"{policy.range} for `unmasking={name!r}`" for name, policy in named.items() if self.unmasking
+            )
+            require(ok, "threshold", self.threshold, f"a number {allowed or 'of at least 0'}")
         if self.cache_refresh_interval is not None and self.cache_refresh == "previous_block":
             raise ValueError(
                 f"`cache_refresh_interval={self.cache_refresh_interval!r}` refreshes the whole canvas: it needs "
@@ -323,9 +336,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         """Arguments over `generation_config` over the checkpoint's configuration over the defaults. Returns the
         configuration and the arguments that are no field of it."""
         fields = DiffusionGenerationConfig().to_dict()
-        settings = DiffusionGenerationConfig._get_default_generation_params() | DEFAULTS
-        settings["mask_token_id"] = self.config.mask_token_id
+        defaults = DEFAULTS | {"mask_token_id": self.config.mask_token_id}
+        settings = DiffusionGenerationConfig._get_default_generation_params() | defaults
         arguments = {name: value for name, value in kwargs.items() if name in fields}
+        ok = generation_config is None or isinstance(generation_config, GenerationConfig)
+        require(ok, "generation_config", generation_config, "a GenerationConfig (arguments may be given by name, too)")
         given = {} if generation_config is None else generation_config.to_dict()
         for layer in (self.generation_config.to_dict(), given, arguments):
             layer = {name: value for name, value in layer.items() if value is not None}
@@ -334,8 +349,13 @@ class DiffusionGenerationMixin(GenerationMixin):
                 settings["threshold"] = settings["steps"] = None
             if "max_length" in layer:
                 settings["max_new_tokens"] = None
+            # Nor does a number outlive what it needs.
+            if layer.get("stop_at_eos") is False:
+                settings["eos_threshold"] = None
+            if layer.get("cache_refresh") == "previous_block":
+                settings["cache_refresh_interval"] = None
             settings.update(layer)
-        settings.update({name: DEFAULTS.get(name) for name, value in arguments.items() if value is None})
+        settings.update({name: defaults.get(name) for name, value in arguments.items() if value is None})
         return DiffusionGenerationConfig(**settings), {k: v for k, v in kwargs.items() if k not in fields}
 
     def _check_config(self, config, model_kwargs):
@@ -373,7 +393,12 @@ class DiffusionGenerationMixin(GenerationMixin):
             require(ok, "eos_token_id", config.eos_token_id, wanted)
         ok = config.pad_token_id != config.mask_token_id
         require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
-        ok = config.eos_threshold is None or config.eos_token_id is not None
+        for name in ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
+            value = getattr(config, name)
+            listed = value if isinstance(value, (list, tuple)) or value is None else [value]
+            ok = all(_is_int(each, 0) and each < vocab_size for each in listed or ())
+            require(ok, name, value, f"a list of ids of the vocabulary, 0 to {vocab_size - 1}")
+        ok = config.eos_threshold is None or config.eos_token_id not in (None, [], ())
         require(ok, "eos_threshold", config.eos_threshold, "None where no `eos_token_id` is known")
 
     def _check_inputs(self, inputs, config, model_kwargs):
@@ -431,7 +456,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         length = unmasking_filter.config.block_length
         allowed = f"{length}, as the filter was trained for blocks of that length"
         require(config.block_length == length, "block_length", config.block_length, allowed)
-        return unmasking_filter.to(device).eval()
+        return unmasking_filter.to(device, torch.float32).eval()
 
     def _set_length(self, config, prompt_length):
         """Settle `max_new_tokens` and `max_length` (prompt and answer together) for this prompt length."""
@@ -474,8 +499,9 @@ class DiffusionGenerationMixin(GenerationMixin):
             generation_config (`GenerationConfig`, *optional*): fields that are set take precedence over the
                 checkpoint's; arguments take precedence over both.
             logits_processor (`LogitsProcessorList`, *optional*): called for each position of the block with the ids to
-                its left (B, P + i), `[MASK]` where they are undecided, and its logits (B, V). Certainty is measured on
-                what they return. Standard ones that need the tokens before to be decided (n-grams) are refused.
+                its left (B, P + i), `[MASK]` where they are undecided or padding, and its logits (B, V). Certainty is
+                measured on what they return. Standard ones that need the tokens before to be decided (n-grams) are
+                refused.
             stopping_criteria (`StoppingCriteriaList`, *optional*): called when a block is complete, for every length
                 inside it, so that a row is cut where decoding token by token would have cut it. `max_time` is
                 looked at after every pass; a row that it ends keeps its text up to the first undecided position.
@@ -489,7 +515,7 @@ class DiffusionGenerationMixin(GenerationMixin):
                 positions by `unmasking="random"`, `schedule="ancestral"` and `unmasking_temperature`. PyTorch's
                 global one if unset.
             unmasking_filter (`UnmaskingFilter`, *optional*): of `unmasking="learned_filter"`; it moves to the model's
-                device. By default the one that the checkpoint carries (`set_unmasking_filter`).
+                device, in float32. By default the one that the checkpoint carries (`set_unmasking_filter`).
             kwargs: `attention_mask` (B, P), 0 at padding, and any field of `DiffusionGenerationConfig`.
 
         Returns:
@@ -515,6 +541,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         if synced_gpus is None:
             synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
         synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            ok = value is None or (isinstance(value, (list, tuple)) and all(map(callable, value)))
+            require(ok, name, value, "a list of callables")
+        ok = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
+        require(ok, "streamer", streamer, "an object with `put` and `end`")
         ok = generator is None or isinstance(generator, torch.Generator)
         require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
         unmasking_filter = self._check_filter(unmasking_filter, config, input_ids.device)
@@ -726,8 +757,8 @@ class DiffusionGenerationMixin(GenerationMixin):
             return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
         ids, first = canvas.ids, canvas.prompt_length + int(canvas.block_start)
         if canvas.position_ids is not None:
-            # Padding is no text: show a token there that the row holds anyway.
-            ids = torch.where(canvas.attention_mask == 0, ids[:, canvas.prompt_length - 1, None], ids)
+            # Padding is no text: show what is no text either, and whose logit does not count.
+            ids = ids.masked_fill(canvas.attention_mask == 0, canvas.layout.mask_token_id)
         columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
         return torch.stack(columns, dim=1)
 

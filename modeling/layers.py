@@ -31,6 +31,10 @@ class BidirectionalPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # transformers reads the source of the model's file, and attention is called in this one
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size, eps):
@@ -66,7 +70,8 @@ def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_valu
     )
     if config._attn_implementation == "sdpa" and attention_mask.ndim == 2:
         # Each layer would make this of a bool mask. It is the same for all queries.
-        mask = torch.where(mask[:, :, :1], 0.0, torch.finfo(hidden_states.dtype).min).to(hidden_states.dtype)
+        is_hidden, dtype = ~mask[:, :, :1], hidden_states.dtype
+        mask = torch.zeros_like(is_hidden, dtype=dtype).masked_fill(is_hidden, torch.finfo(dtype).min)
         mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
     return mask
 

@@ -285,6 +285,10 @@ class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
         }
         if temperature:
             settings |= {"temperature": 1.0, "top_p": 1.0, "top_k": 0}  # what is drawn from is warped already
+        # What the official code does not know: not from the checkpoint either, where it is for `generate()`.
+        for name in ("block_cache", "cache_refresh", "cache_refresh_interval", "eos_threshold"):
+            if getattr(generation_config, name, None) is None:
+                kwargs.setdefault(name, None)
         if double := settings.keys() & kwargs.keys():
             raise ValueError(f"{sorted(double)} are settled by `alg` here: call `generate()` to choose them.")
         warnings.warn(

@@ -446,6 +446,53 @@ def test_logits_processors_see_what_autoregressive_ones_see(model, prompt):
     assert torch.equal(model.generate(prompt, suppress_tokens=banned.tolist(), **settings), output)
 
 
+def test_processors_may_count_tokens_behind_padding(family):
+    """Of rows that are padded, or nothing but padding, they see what they see of one alone, and [MASK]."""
+
+    class Frequencies(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores - 2.0 * nn.functional.one_hot(input_ids, 320).sum(dim=1)
+
+    model, longest = family.load(), torch.arange(20, 29)
+    settings = {"max_new_tokens": 12, "stop_at_eos": False, "repetition_penalty": 3.0}
+    for length in (1, 3, 9) if family.name == "dream" else (0, 1, 3, 9):
+        row = torch.arange(length)
+        rows = torch.stack((torch.cat((torch.full((9 - length,), EOS), row)), longest))
+        mask = torch.stack((torch.arange(9) >= 9 - length, torch.ones(9))).long()
+        settings["block_length"] = 4 if length else 1  # without a prompt, all positions are alike
+        for extra in ({}, {"logits_processor": [Frequencies()]}):
+            alone = model.generate(row[None], **settings, **extra)
+            batch = model.generate(rows, attention_mask=mask, **settings, **extra)
+            assert torch.equal(batch[0, 9:], alone[0, length:])
+
+
+def test_double_precision(family, prompt):
+    model = family.load().double()
+    rows = torch.cat((prompt, torch.cat((torch.full((1, 4), EOS), prompt[:, :5]), dim=1)))
+    mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()
+    batch = model.generate(rows, attention_mask=mask, max_new_tokens=12, eos_threshold=0.9)
+    assert torch.equal(batch[1, 9:], model.generate(prompt[:, :5], max_new_tokens=12, eos_threshold=0.9)[0, 5:])
+
+
+def test_numbers_go_with_what_they_were_given_for(family, prompt):
+    """A checkpoint's do not stand in the way of what a call asks for."""
+    model = family.load()
+    model.generation_config.update(unmasking="entropy_threshold", threshold=0.7, eos_threshold=0.9)
+    model.generation_config.update(block_cache="dual", cache_refresh_interval=2)
+    asked = DiffusionGenerationConfig(threshold=2.0, max_new_tokens=8)  # nats: of the checkpoint's policy
+    assert torch.equal(model.generate(prompt, asked), model.generate(prompt, threshold=2.0, max_new_tokens=8))
+    model.generate(prompt, stop_at_eos=False, max_new_tokens=8)
+    model.generate(prompt, cache_refresh="previous_block", mask_token_id=None, max_new_tokens=8)
+    model.generation_config.update(unmasking="confidence_threshold", threshold=0.9)
+    with pytest.raises(
+        ValueError, match=r"`threshold=2\.0` is not allowed: it must be a number at least 0 and at most 1"
+    ):
+        model.generate(prompt, asked)
+    for wrong in (-1.0, "a"):
+        with pytest.raises(ValueError, match=r"`threshold=.* is not allowed: it must be a number of at least 0"):
+            DiffusionGenerationConfig(threshold=wrong)
+
+
 def test_processors_of_single_positions_take_all_at_once(model, prompt):
     """With the result of one column after the other, also in bfloat16."""
 
@@ -789,6 +836,23 @@ def bad_inputs():
             {"inputs": ids, "cache_refresh": "previous_block", "cache_refresh_interval": 2},
             "cache_refresh_interval=2` refreshes the whole canvas",
         ),
+        "end without any eos": ({"inputs": ids, "eos_threshold": 0.5, "eos_token_id": []}, "eos_threshold"),
+        "configuration as a dict": ({"inputs": ids, "generation_config": {"steps": 2}}, "`generation_config="),
+        "one processor": ({"inputs": ids, "logits_processor": print}, "`logits_processor=.* a list of callables"),
+        "one criterion": ({"inputs": ids, "stopping_criteria": print}, "`stopping_criteria=.* a list of callables"),
+        "streamer": ({"inputs": ids, "streamer": "x"}, "`streamer='x'` is not allowed"),
+        "suppressed": (
+            {"inputs": ids, "suppress_tokens": [320]},
+            "`suppress_tokens=.* ids of the vocabulary, 0 to 319",
+        ),
+        "suppressed alone": ({"inputs": ids, "begin_suppress_tokens": ["a"]}, "`begin_suppress_tokens="),
+        "forced eos": ({"inputs": ids, "forced_eos_token_id": 900}, "`forced_eos_token_id=900`"),
+        "forced bos": ({"inputs": ids, "forced_bos_token_id": 9}, "`forced_bos_token_id=9` is for autoregressive"),
+        "no penalty": ({"inputs": ids, "repetition_penalty": 0}, "`repetition_penalty=0` .* a finite number above 0"),
+        "endless heat": ({"inputs": ids, "do_sample": True, "temperature": float("inf")}, "`temperature=inf`"),
+        "cutoff": ({"inputs": ids, "do_sample": True, "epsilon_cutoff": 2.0}, r"`epsilon_cutoff=2\.0`"),
+        "length below 0": ({"inputs": ids, "min_new_tokens": -5}, "`min_new_tokens=-5` .* an integer of at least 0"),
+        "sampling as a word": ({"inputs": ids, "do_sample": "x"}, "`do_sample='x'` .* one of True, False"),
         "no padding": ({"inputs": ids, "eos_token_id": None, "pad_token_id": None, "max_time": 9.0}, "pad_token_id"),
     }
 

@@ -98,6 +98,18 @@ def test_what_is_drawn_is_seeded(dream, prompt, arguments):
     assert (ids != MASK).all()
 
 
+@pytest.mark.filterwarnings("ignore:`diffusion_generate` is deprecated")
+def test_what_a_checkpoint_saved_for_generate_is_left_out(dream, prompt, monkeypatch):
+    arguments = {"alg": "entropy", "steps": 6, "max_new_tokens": 24}
+    expected = dream.diffusion_generate(prompt, **arguments)
+    saved = {"unmasking": "entropy_threshold", "threshold": 0.5, "block_cache": "dual", "cache_refresh_interval": 3}
+    for name, value in (saved | {"eos_threshold": 0.9}).items():
+        monkeypatch.setattr(dream.generation_config, name, value)
+    assert torch.equal(dream.diffusion_generate(prompt, **arguments), expected)
+    cached = dream.diffusion_generate(prompt, **arguments, block_cache="dual", cache_refresh_interval=1)
+    assert torch.equal(cached, expected)  # and 1 is exact
+
+
 def warped(logits, temperature, top_p, top_k):
     """What the official code draws from and measures certainty on, without [MASK] where something is cut off."""
     logits = logits / temperature if temperature else logits.clone()

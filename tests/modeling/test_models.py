@@ -22,7 +22,8 @@ def test_logits_are_the_published_ones(name, attention):
 
 
 def test_attentions_are_distributions_over_all_positions(family, prompt):
-    model = family.load(attn_implementation="eager")
+    model = family.load()
+    model.set_attn_implementation("eager")
     attentions = model(prompt, output_attentions=True).attentions
     assert len(attentions) == 3 and attentions[0].shape == (1, 4, 9, 9)
     torch.testing.assert_close(attentions[0].sum(dim=-1), torch.ones(1, 4, 9))

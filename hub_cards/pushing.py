@@ -15,13 +15,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import dparallel.modeling  # also registers the model families with AutoModelForCausalLM
-
 from .dataset_card import dataset_card
 from .measurements import RESULTS_FILE, load_measurements
 from .merge import merge_adapter
 from .model_card import HUB_ID, TRAINING_FILE, check_folder_or_hub_id, is_hub_id, model_card, usage_snippet
-from .upload import files_to_push, in_words, upload
+from .upload import INSTALLED, files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)
 
@@ -158,9 +156,8 @@ def _run_snippet(folder, repo_id, prompt):
 
 def _warn_of_edits(model, folder):
     """The code that goes is that of the class. Say where it, or what lies beside the weights, is not the installed."""
-    installed = Path(dparallel.modeling.__file__).parent
     for path in sorted(folder.glob("*.py")):
-        if not (installed / path.name).exists() or _differ(path, installed / path.name):
+        if not (INSTALLED / path.name).exists() or _differ(path, INSTALLED / path.name):
             logger.warning(f"{path.name} is not that of the installed dparallel: this model brought its own.")
     beside = Path(model) if isinstance(model, (str, Path)) else None
     for path in sorted(beside.glob("*.py")) if beside is not None and beside.is_dir() else []:

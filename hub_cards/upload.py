@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import sha
 from transformers.utils import logging
 
-import dparallel.modeling
+import dparallel.modeling  # also registers the model families with AutoModelForCausalLM
 
 logger = logging.get_logger(__name__)
 
@@ -18,7 +18,7 @@ PATTERNS = {
     "model": (*MODEL_FILES, *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py"))),
     "dataset": ("*.md", "data/*.parquet"),
 }
-CODE = {path.name for path in Path(dparallel.modeling.__file__).parent.glob("*.py")}
+INSTALLED = Path(dparallel.modeling.__file__).parent  # the code that goes along
 
 
 def is_ours(path, repo_type) -> bool:
@@ -28,7 +28,8 @@ def is_ours(path, repo_type) -> bool:
     if repo_type == "dataset":
         return folder == "data" and name.endswith(".parquet")
     is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
-    return folder in ("", "unmasking_filter") and (is_weights or name in CODE or path == "training_args.bin")
+    is_code = name.endswith(".py") and (INSTALLED / name).exists()
+    return folder in ("", "unmasking_filter") and (is_weights or is_code or path == "training_args.bin")
 
 
 def files_to_push(folder, repo_type="model") -> dict[str, Path]:

@@ -228,12 +228,10 @@ class DiffusionGenerationConfig(GenerationConfig):
         require(ok, "eps", self.eps, "a number between 0 and 1")
         if self.threshold is not None:
             # Without a policy, the checkpoint's decides, and this is looked at again when that is known.
-            named = {self.unmasking: POLICIES[self.unmasking]} if self.unmasking else POLICIES
-            ok = is_number(self.threshold) and any(policy.allows(self.threshold) for policy in named.values())
-            allowed = ", or ".join(
-                f"{policy.range} for `unmasking={name!r}`" for name, policy in named.items() if self.unmasking
-            )
-            require(ok, "threshold", self.threshold, f"a number {allowed or 'of at least 0'}")
+            policy = POLICIES[self.unmasking] if self.unmasking else None
+            ok = is_number(self.threshold) and (policy.allows(self.threshold) if policy else self.threshold >= 0)
+            allowed = f"{policy.range} for `unmasking={self.unmasking!r}`" if policy else "of at least 0"
+            require(ok, "threshold", self.threshold, f"a number {allowed}")
         if self.cache_refresh_interval is not None and self.cache_refresh == "previous_block":
             raise ValueError(
                 f"`cache_refresh_interval={self.cache_refresh_interval!r}` refreshes the whole canvas: it needs "
@@ -441,6 +439,17 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
         return input_ids, attention_mask
 
+    @staticmethod
+    def _check_objects(logits_processor, stopping_criteria, streamer, generator):
+        """Refuse what is not of the kind that is wanted."""
+        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
+            ok = value is None or (isinstance(value, (list, tuple)) and all(map(callable, value)))
+            require(ok, name, value, "a list of callables")
+        ok = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
+        require(ok, "streamer", streamer, "an object with `put` and `end`")
+        ok = generator is None or isinstance(generator, torch.Generator)
+        require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
+
     def _check_filter(self, unmasking_filter, config, device):
         """The filter to decode by, on the device, or None."""
         if config.unmasking != "learned_filter":
@@ -541,13 +550,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         if synced_gpus is None:
             synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
         synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
-        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
-            ok = value is None or (isinstance(value, (list, tuple)) and all(map(callable, value)))
-            require(ok, name, value, "a list of callables")
-        ok = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
-        require(ok, "streamer", streamer, "an object with `put` and `end`")
-        ok = generator is None or isinstance(generator, torch.Generator)
-        require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
+        self._check_objects(logits_processor, stopping_criteria, streamer, generator)
         unmasking_filter = self._check_filter(unmasking_filter, config, input_ids.device)
 
         self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])

@@ -92,7 +92,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
                 if args.masking == "trajectory" and "unmasking_step" not in next(iter(part)):
                     raise ValueError(f"`{name}` has no {NO_STEPS}")
         for part in _parts(eval_dataset):
-            self._rows_to_decode(part)
+            self._require_prompts(part)
 
     def _save(self, output_dir=None, state_dict=None):
         # What is saved decodes as it was trained to, and not as its teacher does.
@@ -145,17 +145,18 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
             raw = self._raw_eval_dataset
         elif isinstance(eval_dataset, str):
             raw = self._raw_eval_dataset[eval_dataset]
-        self._decoding_rows = self._rows_to_decode(raw)
+        self._require_prompts(raw)
+        self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
         return super().get_eval_dataloader(eval_dataset)
 
-    def _rows_to_decode(self, dataset):
-        rows = list(islice(dataset, self.args.eval_decoding_samples))
-        if rows and not {"prompt", "messages"} & set(rows[0]):
+    def _require_prompts(self, dataset):
+        """If it is to be decoded."""
+        count = self.args.eval_decoding_samples
+        if count and not {"prompt", "messages"} & (columns := set(next(iter(dataset)))):
             raise ValueError(
-                f"`eval_decoding_samples={self.args.eval_decoding_samples}` needs the column `prompt` or `messages`, "
-                f"but the evaluation dataset has {sorted(rows[0])}."
+                f"`eval_decoding_samples={count}` needs the column `prompt` or `messages`, but the evaluation dataset "
+                f"has {sorted(columns)}."
             )
-        return rows
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)

@@ -160,7 +160,7 @@ def test_programs_are_run_only_if_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--model", "/tmp/nowhere"], "`model='/tmp/nowhere'` is not allowed: there is no such folder"),
+        (["--model", "/nowhere"], "`model='/nowhere'` is not allowed: there is no such folder"),
         (["--model", STUDENT, "--adapter", "nowhere"], "`adapter='nowhere'` is not allowed: there is no such folder"),
         (["--model", STUDENT, "--data", "no.jsonl"], "`data='no.jsonl'` is not allowed for Word problems"),
         (

@@ -81,7 +81,7 @@ def test_policies_and_batches(tasks, word_model, word_tokenizer):
 def test_wrong_arguments(word_model, word_tokenizer):
     for arguments, message in (
         ({}, r"`pretrained=None` is not allowed: name a model"),
-        ({"pretrained": "/tmp/nowhere"}, r"`pretrained='/tmp/nowhere'` is not allowed: there is no such folder"),
+        ({"pretrained": "/nowhere"}, r"`pretrained='/nowhere'` is not allowed: there is no such folder"),
         ({"pretrained": word_model, "unmasking": "nonsense"}, r"`unmasking='nonsense'` is not allowed"),
         ({"pretrained": word_model, "unmasking": "margin", "threshold": 1}, r"`threshold=1` .* have no effect"),
     ):

@@ -6,13 +6,20 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow test-gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
+# Tests of one group share what takes long to make; `--durations` says which tests are slow.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(TESTS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow --durations 0 $(TESTS)
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest -m gpu $(TESTS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -9,13 +9,15 @@ are left out. Started again after a kill, it goes on from the last checkpoint. O
 with remote code, tokenizer, and the policy and threshold that it was distilled for.
 """
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from generate_trajectories import (
-    TrajectoryArguments,
+    PromptArguments,
     as_prompts,
     init_kwargs,
     load_judge,
@@ -32,10 +34,26 @@ from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, l
 
 
 @dataclass
-class DistillArguments(TrajectoryArguments):
+class DistillArguments(PromptArguments):
+    teacher_generation_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments of `generate()` for the teacher's answers to prompts, a mapping in a recipe or JSON: "
+            'for example {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 256}. By default one '
+            "token a pass, and 256 tokens."
+        },
+    )
+    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts that a process answers at a time."})
     eval_size: int = field(
         default=0, metadata={"help": "Examples with right answers that are held out for evaluation."}
     )
+
+    def __post_init__(self):
+        given = self.teacher_generation_kwargs
+        try:
+            self.teacher_generation_kwargs = json.loads(given) if isinstance(given, str) else dict(given or {})
+        except ValueError as error:
+            raise ValueError(f"`teacher_generation_kwargs={given!r}` is not allowed: it must be JSON.") from error
 
 
 def has_answers(rows) -> bool:
@@ -73,7 +91,14 @@ def main():
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
     if not has_answers(rows):
         arguments.trajectories_dir = arguments.trajectories_dir or str(Path(config.output_dir) / "trajectories")
-        rows = teacher_trajectories(arguments, model_arguments, rows, judge)
+        rows = teacher_trajectories(
+            arguments,
+            model_arguments,
+            rows,
+            judge,
+            arguments.teacher_batch_size,
+            **arguments.teacher_generation_kwargs,
+        )
     with plain_errors(ValueError):
         rows, held_out = right_answers(arguments, rows), None
     if arguments.eval_size:

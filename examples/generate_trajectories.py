@@ -19,11 +19,14 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 
 from dparallel.evaluation.command_line import load_from_file
 from dparallel.hub_cards.command_line import plain_errors
+from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
 
 
 @dataclass
-class TrajectoryArguments:
+class PromptArguments:
+    """Where prompts come from, and where the answers to them go."""
+
     dataset_name: str = field(metadata={"help": "Hub id, a folder of save_to_disk(), or a .json, .jsonl or .parquet."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the dataset; slices like `train[:1000]`."})
@@ -33,11 +36,22 @@ class TrajectoryArguments:
     judge: str | None = field(
         default=None, metadata={"help": "file.py:function that takes a row and says whether its `response` is right."}
     )
-    teacher_unmasking: str = field(default="confidence", metadata={"help": "The teacher's policy."})
-    teacher_threshold: float | None = field(default=None, metadata={"help": "Its threshold, if it has one."})
-    teacher_max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers."})
-    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
     shard_size: int = field(default=64, metadata={"help": "Prompts that are saved at a time."})
+
+
+@dataclass
+class TrajectoryArguments(PromptArguments):
+    """How they are answered."""
+
+    unmasking: str = field(
+        default="confidence",
+        metadata={"help": "The teacher's policy; 'confidence' writes one token a pass.", "choices": sorted(POLICIES)},
+    )
+    threshold: float | None = field(
+        default=None, metadata={"help": "Threshold of that policy, if it has one; by default the policy's own."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers in tokens."})
+    batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
 
 
 def load_rows(arguments):
@@ -89,23 +103,22 @@ def as_prompts(arguments, rows):
     return rows
 
 
-def teacher_trajectories(arguments, model_arguments, prompts, judge):
+def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size, **decoding):
+    """Trajectories of the model that `model_arguments` name; `decoding` holds arguments of its `generate()`."""
     name = model_arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_arguments.model_revision)
     model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments))
     if getattr(model, "hf_quantizer", None) is None:  # those lie where they are to be
         model.to(PartialState().device)
-    settings = {"unmasking": arguments.teacher_unmasking, "threshold": arguments.teacher_threshold}
     return generate_trajectories(
         model,
         tokenizer,
         prompts,
         arguments.trajectories_dir,
         judge,
-        batch_size=arguments.teacher_batch_size,
+        batch_size=batch_size,
         shard_size=arguments.shard_size,
-        max_new_tokens=arguments.teacher_max_new_tokens,
-        **{key: value for key, value in settings.items() if value is not None},
+        **decoding,
     )
 
 
@@ -117,7 +130,10 @@ def main():
         if arguments.trajectories_dir is None:
             raise ValueError("`trajectories_dir` must be given.")
         prompts, judge = as_prompts(arguments, load_rows(arguments)), load_judge(arguments.judge)
-    dataset = teacher_trajectories(arguments, model_arguments, prompts, judge)
+    decoding = {"unmasking": arguments.unmasking, "max_new_tokens": arguments.max_new_tokens}
+    if arguments.threshold is not None:
+        decoding["threshold"] = arguments.threshold
+    dataset = teacher_trajectories(arguments, model_arguments, prompts, judge, arguments.batch_size, **decoding)
     if state.is_main_process:
         dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")
         passes, judged = dataset["num_forward_passes"][:], [row for row in dataset["correct"][:] if row is not None]

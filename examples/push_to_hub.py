@@ -9,7 +9,7 @@
 import sys
 
 from dparallel.hub_cards import push_model
-from dparallel.hub_cards.command_line import run_push
+from dparallel.hub_cards.push_command import run_push
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:

@@ -5,16 +5,15 @@ python examples/quickstart.py --problems 5000        # all held-out problems: us
 python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
 """
 
-import argparse
-import platform
+import os
 import sys
 import time
-from datetime import date
 from itertools import islice
 from pathlib import Path
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two threads on a busy core would wait for each other, spinning
+
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,6 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent / "word_problems"))
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from solving import ANSWER_LENGTH, evaluate
 
+from dparallel.hub_cards import here_and_now
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import POLICIES  # registers the models too: official repositories' own code is older
 
 BOX = Path(__file__).parent / "word_problems"
@@ -110,11 +111,11 @@ def table_row(model_name, result):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="Hub id or folder; default: teacher and student in the box")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of that model")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of that model")
     parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
-    parser.add_argument("--batch-size", type=int, help="default: 4 on a CPU, 256 on a GPU")
+    parser.add_argument("--batch_size", type=int, help="default: 4 on a CPU, 256 on a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
     arguments = parser.parse_args()
@@ -135,15 +136,12 @@ def main():
     for name, model in models.items():
         show_live(name, model, tokenizer, problems[0])
 
-    device = (
-        torch.cuda.get_device_name()
-        if arguments.device.startswith("cuda")
-        else f"CPU, {torch.get_num_threads()} threads"
-    )
+    is_gpu = arguments.device.startswith("cuda")
+    where = here_and_now(is_gpu=is_gpu)
+    threads = "" if is_gpu else f", {torch.get_num_threads()} threads"
     print(
         f"\n{len(problems)} held-out problems, answers of up to {ANSWER_LENGTH} tokens, stopping at end-of-text, "
-        f"batch size {batch_size}\n{device}, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {date.today()}\n"
+        f"batch size {batch_size}\n{where['hardware']}{threads}, {where['versions']}, {where['date']}\n"
     )
     print("| model | policy | NFE | TPF | seconds | accuracy % (95% interval) |\n" + "| --- " * 6 + "|", flush=True)
     for name, model in models.items():

@@ -18,8 +18,8 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from quickstart import ANSWER_LENGTH, MODELS, own_decoding
 
 import dparallel.modeling  # registers the models: official repositories' own code is older  # noqa: F401
-from dparallel.hub_cards.command_line import plain_errors
-from dparallel.hub_cards.model_card import check_folder_or_hub_id
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 DEFAULT_DECODING = {"unmasking": "confidence_threshold", "threshold": 0.9}
@@ -192,15 +192,15 @@ def decode(model, tokenizer, prompt, decoding):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", action="append", help="Hub id or folder, any number of times; default: the box")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code of these models")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of these models")
     parser.add_argument(
         "--decoding", action="append", type=parse_decoding, metavar="SETTINGS",
         help="JSON or unmasking=...,threshold=..., any number of times; default: the model's own",
     )  # fmt: skip
     parser.add_argument("--prompt", help="default: a held-out word problem")
-    parser.add_argument("--max-new-tokens", type=int, help="default: the model's own")
+    parser.add_argument("--max_new_tokens", type=int, help="default: the model's own")
     parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
     parser.add_argument("--picture", type=Path, help="the picture, beside the page by default; needs matplotlib")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -1,17 +1,43 @@
-"""From a trained model to one that is shared."""
+"""From a trained model to one that is shared.
 
-from .dataset_card import dataset_card
-from .measurements import Measurement, load_measurements
-from .merge import merge_adapter
-from .model_card import model_card
-from .pushing import push_dataset, push_model
+Names are imported when they are first asked for, so that a command which needs the flags or the names of models that
+all packages share (`command_line`, `hub_ids`, `measurements`) does not need peft and datasets as well.
+"""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .dataset_card import dataset_card
+    from .measurements import Measurement, here_and_now, load_measurements
+    from .merge import merge_adapter
+    from .model_card import model_card
+    from .pushing import push_dataset, push_model
+
+_MODULES = {
+    "Measurement": "measurements",
+    "dataset_card": "dataset_card",
+    "here_and_now": "measurements",
+    "load_measurements": "measurements",
+    "merge_adapter": "merge",
+    "model_card": "model_card",
+    "push_dataset": "pushing",
+    "push_model": "pushing",
+}
 __all__ = [
     "Measurement",
     "dataset_card",
+    "here_and_now",
     "load_measurements",
     "merge_adapter",
     "model_card",
     "push_dataset",
     "push_model",
 ]
+
+
+def __getattr__(name):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value

@@ -1,7 +1,26 @@
-"""What commands have in common."""
+"""What the commands of this project share, those of the examples included: flags and errors.
 
+It needs no package beyond those that `dparallel.modeling` needs, as all of `dparallel.hub_cards` that is imported with
+it.
+"""
+
+import argparse
 import sys
 from contextlib import contextmanager
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An `ArgumentParser` whose flags are declared with underscores, and are accepted with dashes as well, as those of
+    transformers' `HfArgumentParser` are: `--max_new_tokens 64` or `--max-new-tokens 64`."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._with_underscores(str(word)) for word in words], namespace)
+
+    @staticmethod
+    def _with_underscores(word):
+        flag, equals, value = word.partition("=")
+        return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
 @contextmanager
@@ -11,20 +30,3 @@ def plain_errors(*kinds):
         yield
     except kinds as error:
         sys.exit(f"{type(error).__name__}: {error}")
-
-
-def add_push_arguments(parser):
-    """The flags that the commands which push have in common."""
-    parser.add_argument("--private", action="store_true")
-    parser.add_argument("--revision", help="branch")
-    parser.add_argument("--create-pr", action="store_true", help="propose the commit instead of making it")
-    parser.add_argument("--commit-message")
-    parser.add_argument("--dry-run", metavar="FOLDER", help="write everything there, list it, and push nothing")
-
-
-def run_push(push, arguments):
-    """Call it with parsed arguments, and say what came of it."""
-    with plain_errors(ValueError, PermissionError, RuntimeError):
-        commit = push(**arguments)
-    if commit is not None:
-        print(commit.pr_url or commit.commit_url)

@@ -1,13 +1,17 @@
-"""What was measured of a model, as its cards show it.
+"""What was measured of a model, as its cards show it, and where and when.
 
 A results file is JSON with a list `measurements`; the evaluation scripts write it, and whatever else is in it is left
 alone. Cards take their numbers from such files and from nowhere else.
 """
 
 import json
+import platform
 from dataclasses import MISSING, dataclass, fields
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
 from huggingface_hub import EvalResult
 
 RESULTS_FILE = "results.json"
@@ -59,6 +63,39 @@ class Measurement:
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
         ]
         return ", ".join(words) or "as shipped"
+
+
+def here_and_now(packages=("torch", "transformers"), *, is_gpu=None) -> dict[str, str]:
+    """Where and when a measurement is made: `hardware` (of one device), `date` (2026-11-27) and `versions`.
+
+    Args:
+        packages (tuple of `str`): whose versions count; those that are not installed are left out.
+        is_gpu (`bool`, *optional*): is the work done by a GPU? By default, if there is one.
+    """
+    is_gpu = torch.cuda.is_available() if is_gpu is None else is_gpu
+    found = {package: number for package in packages if (number := _version(package))}
+    return {
+        "hardware": torch.cuda.get_device_name() if is_gpu else f"CPU ({platform.machine()})",
+        "date": str(date.today()),
+        "versions": ", ".join(f"{package} {number}" for package, number in found.items()),
+    }
+
+
+def _version(package):
+    try:
+        return version(package)
+    except PackageNotFoundError:  # a package that is not there, or one that is run from its sources
+        return None
+
+
+def fastest(points, accuracy):
+    """Of the points that are at least this accurate, the one with the fewest forward passes; None if there is none.
+
+    Args:
+        points: measurements, or whatever else has an `accuracy` and an `nfe`.
+        accuracy (`float`): the least that is allowed.
+    """
+    return min((point for point in points if point.accuracy >= accuracy), key=lambda point: point.nfe, default=None)
 
 
 def load_measurements(path) -> list[Measurement]:

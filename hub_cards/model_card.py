@@ -2,20 +2,19 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import logging
 
+from .hub_ids import is_hub_id
 from .measurements import RESULTS_FILE, eval_results, load_measurements
 
 logger = logging.get_logger(__name__)
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TRAINING_FILE = "training.json"  # what trainers leave beside their models
-HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
 TAGS = ["diffusion", "dllm", "dparallel"]
 FAMILIES = {"llada": "LLaDA's architecture", "Dream": "Dream's architecture"}
 DECODING_FIELDS = (
@@ -170,19 +169,6 @@ def usage_snippet(folder, repo_id, prompt=None) -> str:
         'print(output.num_forward_passes.item(), "forward passes")',
     ]
     return "\n".join(lines)
-
-
-def is_hub_id(name) -> bool:
-    """Is it a Hub id, and no folder of this machine?"""
-    return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
-
-
-def check_folder_or_hub_id(name, value):
-    """Raises `ValueError` where an argument of this name is neither."""
-    if not Path(value).is_dir() and not is_hub_id(value):
-        raise ValueError(
-            f"`{name}={str(value)!r}` is not allowed: there is no such folder, and a Hub id is 'user/name'."
-        )
 
 
 def _name(path):

@@ -3,15 +3,14 @@
 python -m dparallel.hub_cards.push_dataset runs/gsm8k_trajectories user/my-trajectories --model user/teacher
 """
 
-import argparse
-
 from dparallel.hub_cards import push_dataset
-from dparallel.hub_cards.command_line import add_push_arguments, run_push
+from dparallel.hub_cards.command_line import CommandParser
+from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 
 def main():
     program, about = "python -m dparallel.hub_cards.push_dataset", __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(prog=program, description=about)
+    parser = CommandParser(prog=program, description=about)
     parser.add_argument("dataset", help="folder of save_to_disk(), or of examples/generate_trajectories.py")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--model", help="Hub id of the teacher")

@@ -11,8 +11,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
-from families import FAMILIES
-from golden import CHECKPOINT, FIXTURES
+from tests.families import FAMILIES
+from tests.golden import CHECKPOINT, FIXTURES
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers that each use every core wait for each other

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 import torch
-from golden import FIXTURES
 
 from dparallel.modeling import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from tests.golden import FIXTURES
 
 
 @dataclass(frozen=True)

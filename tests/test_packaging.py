@@ -31,9 +31,9 @@ def test_wheel_and_sdist(tmp_path):
     run("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     wheel, sdist = next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))
     sources = {
-        f"dparallel/{folder}/{path.name}"
-        for folder in ("modeling", "trainer", "hub_cards", "evaluation")
-        for path in (ROOT / folder).glob("*.py")
+        f"dparallel/{folder.name}/{path.name}"
+        for folder in (ROOT / "modeling", ROOT / "trainer", ROOT / "hub_cards", ROOT / "examples" / "evaluation")
+        for path in folder.glob("*.py")
     }
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())

@@ -220,20 +220,21 @@ class FilterTrainer(Trainer):
         )
 
 
-def acceptance_rates(judge: UnmaskingFilter | str, records: Dataset, thresholds) -> list[dict]:
+def acceptance_rates(accepts_by: UnmaskingFilter | str, records: Dataset, thresholds) -> list[dict]:
     """How often a filter, or a threshold on a statistic ("confidence", "margin"), errs on masked positions:
     `false_accept`, the share of the predictions that are not final which it accepts, and `false_reject`, the share of
     the final ones which it does not, for each threshold."""
-    is_filter = isinstance(judge, UnmaskingFilter)
-    device = judge.eval().device if is_filter else torch.device("cpu")
+    is_filter = isinstance(accepts_by, UnmaskingFilter)
+    device = accepts_by.eval().device if is_filter else torch.device("cpu")
     probability, label = [], []
     for batch in records.with_format("torch", device=str(device)).iter(8192):
         masked = batch["masked"].bool()
         if is_filter:
             with torch.no_grad():
-                scores = judge(**{name: batch[name] for name in (*STATISTICS, "masked", "token")})["logits"].sigmoid()
+                seen = {name: batch[name] for name in (*STATISTICS, "masked", "token")}
+                scores = accepts_by(**seen)["logits"].sigmoid()
         else:
-            scores = batch[judge]
+            scores = batch[accepts_by]
         probability.append(scores[masked])
         label.append(batch["labels"][masked].bool())
     probability, label = torch.cat(probability), torch.cat(label)
@@ -248,9 +249,3 @@ def acceptance_rates(judge: UnmaskingFilter | str, records: Dataset, thresholds)
             }
         )
     return rates
-
-
-def choose_threshold(rates: list[dict], false_accept: float) -> float:
-    """The lowest of the thresholds whose rate of false acceptance is at most this; the highest if none is."""
-    allowed = [rate["threshold"] for rate in rates if rate["false_accept"] <= false_accept]
-    return min(allowed) if allowed else max(rate["threshold"] for rate in rates)

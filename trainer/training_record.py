@@ -1,18 +1,16 @@
 """What a card says of a training, as the trainers know it."""
 
 import json
-import platform
 from dataclasses import fields
-from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from peft import PeftType
 from transformers import TrainingArguments
 
-from dparallel.hub_cards.model_card import TRAINING_FILE, is_hub_id
+from dparallel.hub_cards.hub_ids import is_hub_id
+from dparallel.hub_cards.measurements import here_and_now
+from dparallel.hub_cards.model_card import TRAINING_FILE
 
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
@@ -42,7 +40,8 @@ def training_record(trainer, datasets) -> dict:
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     adapter = getattr(model, "peft_config", {}).get("default")
     source = (adapter.base_model_name_or_path if adapter else None) or model.config._name_or_path
-    hardware = torch.cuda.get_device_name() if torch.cuda.is_available() and not args.use_cpu else platform.machine()
+    where = here_and_now(PACKAGES, is_gpu=args.device.type == "cuda")
+    count = f"{args.world_size} x " if args.world_size > 1 else ""
     return {
         "trainer": type(trainer).__name__,
         "method": trainer._name,
@@ -54,17 +53,9 @@ def training_record(trainer, datasets) -> dict:
         "adapter": adapter and _describe(adapter),
         "decoding": getattr(args, "decoding", None),
         "steps": trainer.state.global_step,
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
-        "hardware": f"{args.world_size} x {hardware}",
-        "date": str(date.today()),
+        **where,
+        "hardware": f"{count}{where['hardware']}",
     }  # fmt: skip
-
-
-def _version(package):
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from its sources
-        return None
 
 
 def _describe(adapter):

@@ -11,36 +11,22 @@ captured steps are also timed alone: the longest is a pass over the whole canvas
 leaves; what they do not explain of the time of `generate()` is the host's. Prints a table and writes JSON.
 """
 
-import argparse
 import itertools
 import json
-import platform
 import time
 from collections import Counter
-from datetime import date
 from pathlib import Path
 
 import torch
-import transformers
 
+from dparallel.hub_cards import here_and_now
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from dparallel.modeling.captured_step import captured_steps
 
 BOX = Path(__file__).parents[1] / "word_problems" / "checkpoint"
 BLOCK_LENGTH = 32
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-
-
-def describe_machine():
-    """Where and when numbers were measured."""
-    is_gpu = torch.cuda.is_available()
-    return {
-        "date": str(date.today()),
-        "hardware": torch.cuda.get_device_name() if is_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-        },
-    }  # fmt: skip
 
 
 def seconds(function, device, repeats):
@@ -159,7 +145,7 @@ def load(shape, device):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 4 8 32; box: 1 8")
     parser.add_argument("--prompt_lengths", type=int, nargs="+", help="default: 128 1024 3072; box: 64")
@@ -182,10 +168,9 @@ def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ceilings = measure_ceilings(device)
     model = load(arguments.shape, device)
-    results = describe_machine() | {"shape": arguments.shape, "ceilings": ceilings, "length": length, "rows": []}
-    print(
-        f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, {results['date']}"
-    )
+    results = here_and_now() | {"threads": torch.get_num_threads(), "shape": arguments.shape}
+    results |= {"ceilings": ceilings, "length": length, "rows": []}
+    print(f"{results['hardware']}, {results['threads']} threads, {results['versions']}, {results['date']}")
     print(f"read {ceilings['bytes_per_second'] / 1e12:.3g} TB/s, ", end="")
     print(f"matrix products {ceilings['operations_per_second'] / 1e12:.3g} TFLOP/s, {arguments.shape}, G {length}\n")
     columns = (

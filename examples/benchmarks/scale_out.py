@@ -31,16 +31,16 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from accelerate import PartialState
-from decoding import BOX, describe_machine, load
+from decoding import BOX, load
 from safetensors.torch import load_file
 from training import PROMPT_LENGTH, adapter, build_trainer, random_rows
 from transformers import AutoTokenizer
 
 from dparallel.evaluation import evaluate_task
 from dparallel.evaluation.command_line import find_task
-from dparallel.hub_cards import merge_adapter
+from dparallel.hub_cards import here_and_now, merge_adapter
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.trainer import generate_trajectories
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
@@ -303,7 +303,7 @@ def merged_weights(folder, trains):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="default: all GPUs")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
@@ -333,10 +333,10 @@ def main():
             f"--global_batch {arguments.global_batch}: it must be a multiple of --micro_batch times --processes"
         )
     arguments.length = arguments.length or (192 if arguments.shape == "box" else 384)
-    results = {**describe_machine(), "processes": arguments.processes, "shape": arguments.shape}
+    results = {**here_and_now(), "processes": arguments.processes, "shape": arguments.shape}
     results |= {"length": arguments.length, "global_batch": arguments.global_batch, **{part: [] for part in PARTS}}
-    print(f"{arguments.processes} x {results['hardware']}, torch {torch.__version__}, ", end="")
-    print(f"transformers {transformers.__version__}, {results['date']}: {arguments.shape}\n", flush=True)
+    where = f"{arguments.processes} x {results['hardware']}, {results['versions']}, {results['date']}"
+    print(f"{where}: {arguments.shape}\n", flush=True)
     measures = {"training": measure_training, "decoding": measure_decoding, "checkpoints": measure_checkpoints}
     with tempfile.TemporaryDirectory() as folder:
         for part in arguments.parts:

@@ -21,13 +21,14 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 from datasets import Dataset
-from decoding import describe_machine, load, measure_ceilings
+from decoding import load, measure_ceilings
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
+from dparallel.hub_cards import here_and_now
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
 from dparallel.trainer.lora import complete_lora_config
 from dparallel.trainer.masking import complementary_masks
@@ -196,7 +197,7 @@ def any_tokenizer(config):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--micro_batches", type=int, nargs="+", help="default: 1 2 4 8; box: 2")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
@@ -212,8 +213,9 @@ def main():
     arguments.length = arguments.length or (192 if is_box else 384)
     if arguments.kind:
         return measure(arguments)
-    results = {**describe_machine(), "shape": arguments.shape, "length": arguments.length, "rows": []}
-    print(f"{results['hardware']}, torch {torch.__version__}, transformers {transformers.__version__}, ", end="")
+    results = here_and_now() | {"threads": torch.get_num_threads(), "shape": arguments.shape}
+    results |= {"length": arguments.length, "rows": []}
+    print(f"{results['hardware']}, {results['threads']} threads, {results['versions']}, ", end="")
     print(f"{results['date']}: {arguments.shape}, LoRA of rank {arguments.rank}, {arguments.length} tokens\n")
     print("| micro-batch | step | ms | floor | times the plain step | GiB |")
     print("| --- " * 6 + "|", flush=True)

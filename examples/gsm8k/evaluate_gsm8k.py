@@ -1,6 +1,6 @@
 """Accuracy and forward passes of a model on GSM8K, on one process or many.
 
-    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --policy entropy_threshold --threshold 0.5
+    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --unmasking entropy_threshold --threshold 0.5
 
 Started again after a kill, it goes on where it was. `--help` lists the rest.
 """

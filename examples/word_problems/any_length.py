@@ -9,7 +9,6 @@ The teacher goes on with its own training, each answer filled up with end-of-tex
 the student with its distillation, on that teacher's right answers. Both are saved to be studied, not to be shipped.
 """
 
-import argparse
 from itertools import islice
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from problems import generate_problems, to_conversation
 from solving import ANSWER_LENGTH, evaluate, load_model
 from transformers import AutoTokenizer
 
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import (
     CertaintyForcingConfig,
@@ -65,7 +65,7 @@ def train(trainer_class, config_class, source, rows, tokenizer, target, batch_si
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"))
     parser.add_argument("--problems", type=int, default=50_000, help="to train with, for each of the models")
     parser.add_argument("--max_steps", type=int, nargs=2, default=[800, 500], help="of the teacher, of the student")

@@ -7,7 +7,6 @@ Teacher and student decode in bfloat16 on a GPU, all 128 tokens unless an answer
 JSON.
 """
 
-import argparse
 import json
 from itertools import islice
 from pathlib import Path
@@ -17,7 +16,8 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from solving import evaluate, load_model, paired_difference
 from transformers import AutoTokenizer
 
-from dparallel.evaluation import here_and_now
+from dparallel.hub_cards import here_and_now
+from dparallel.hub_cards.command_line import CommandParser
 
 HERE = Path(__file__).parent
 DECODINGS = {
@@ -37,7 +37,7 @@ CACHES = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)
     parser.add_argument("--batch_size", type=int, help="default: 512 on a GPU, 8 on a CPU")
     parser.add_argument("--output", type=Path, default=Path("caches.json"))

@@ -14,7 +14,6 @@ the next student is compiled, so after `--until trajectories` several processes 
 a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
 """
 
-import argparse
 import itertools
 import json
 import statistics
@@ -32,9 +31,9 @@ from train import generated_dataset
 from transformers import AutoTokenizer
 
 from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
-from dparallel.evaluation.sweep import fastest, plot, sweep
-from dparallel.hub_cards import Measurement
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.evaluation.sweep import plot, sweep
+from dparallel.hub_cards.command_line import CommandParser
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, fastest
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.resumable_shards import map_in_shards
@@ -252,7 +251,7 @@ def report(results, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--num_prompts", type=int, default=40_000, help="training problems per round")
     parser.add_argument("--max_steps", type=int, default=600)

@@ -11,10 +11,10 @@ pass. Then everything solves the test problems, in answers of up to 128 and of u
 writes JSON and the filters; what was computed is not computed again.
 """
 
-import argparse
 import json
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from datasets import Dataset
@@ -22,7 +22,9 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_convers
 from solving import ANSWER_LENGTH, evaluate, load_model
 from transformers import AutoTokenizer, PrinterCallback
 
-from dparallel.evaluation import here_and_now
+from dparallel.hub_cards import here_and_now
+from dparallel.hub_cards.command_line import CommandParser
+from dparallel.hub_cards.measurements import fastest
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import (
     FilterConfig,
@@ -139,14 +141,12 @@ class Study:
     def choose(self, name, unmasking, kind=None):
         """Of the thresholds of a policy, the fastest that is accurate enough on validation problems."""
         bar = self.measure("teacher", "validation", **SLOW)["accuracy"] - ALLOWED_LOSS
-        rows = {
-            threshold: self.measure(name, "validation", kind, unmasking=unmasking, threshold=threshold)
-            for threshold in CANDIDATES[unmasking]
-        }
-        allowed = [threshold for threshold, row in rows.items() if row["accuracy"] >= bar]
-        fastest = min(allowed, key=lambda threshold: rows[threshold]["nfe"]) if allowed else None
-        best = max(rows, key=lambda threshold: rows[threshold]["accuracy"])
-        return {"unmasking": unmasking, "threshold": best if fastest is None else fastest}
+        decodings = [{"unmasking": unmasking, "threshold": threshold} for threshold in CANDIDATES[unmasking]]
+        points = [
+            SimpleNamespace(decoding=decoding, **self.measure(name, "validation", kind, **decoding))
+            for decoding in decodings
+        ]
+        return (fastest(points, bar) or max(points, key=lambda point: point.accuracy)).decoding
 
     def table(self, problems, length):
         lines = [
@@ -186,7 +186,7 @@ class Study:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learned_filter"))
     parser.add_argument("--models", type=Path, help="folder with `teacher` and `student`; default: those in the box")
     parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")

@@ -7,11 +7,11 @@ Digits stand alone because a small model learns to add digit by digit far sooner
 The bytes are part of the vocabulary, so any other text is also encoded and decoded without loss.
 """
 
-import argparse
-
 from problems import PIECE_PATTERN, generate_problems
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+
+from dparallel.hub_cards.command_line import CommandParser
 
 MAX_VOCABULARY = 768
 NUM_SAMPLES = 4000
@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Build the tokenizer of the word problems and save it.")
+    parser = CommandParser(description="Build the tokenizer of the word problems and save it.")
     parser.add_argument("--output", required=True, help="folder to save the tokenizer in")
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()

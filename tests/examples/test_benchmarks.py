@@ -1,17 +1,15 @@
 """The benchmarks measure what they say."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
-import decoding
 import pytest
 import torch
-from families import FAMILIES
 
-SCRIPT = Path(decoding.__file__)
+from tests import scripts
+from tests.families import FAMILIES
+
+decoding = scripts.load("benchmarks/decoding.py")
+SCALE_OUT = "benchmarks/scale_out.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,17 +42,14 @@ def test_floors(llada):
 
 def run(script, flags, tmp_path):
     """Its rows, and what it printed."""
-    result = subprocess.run(
-        [sys.executable, script, *flags.split(), "--output", tmp_path / "out.json"],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    result = scripts.call(script, *flags.split(), "--output", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
     return json.loads((tmp_path / "out.json").read_text())["rows"], result.stdout
 
 
 def test_the_decoding_benchmark_runs(tmp_path):
     flags = "--shape box --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1"
-    rows, printed = run(SCRIPT, flags, tmp_path)
+    rows, printed = run("benchmarks/decoding.py", flags, tmp_path)
     assert [row["decoding"] for row in rows] == ["plain loop", "none", "prefix", "dual", "dual,previous_block"]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
     assert printed.count("| 2 | 8 | 2 |") == 5
@@ -62,7 +57,7 @@ def test_the_decoding_benchmark_runs(tmp_path):
 
 def test_the_training_benchmark_runs(tmp_path):
     flags = "--shape box --micro_batches 2 --length 160 --rank 4 --steps 1 --warm_up 1 --kinds plain trainer"
-    rows, _ = run(SCRIPT.with_name("training.py"), flags, tmp_path)
+    rows, _ = run("benchmarks/training.py", flags, tmp_path)
     assert [row["kind"] for row in rows] == ["plain", "trainer"]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
 
@@ -70,8 +65,8 @@ def test_the_training_benchmark_runs(tmp_path):
 @pytest.mark.slow
 def test_the_benchmark_of_several_devices_runs(tmp_path):
     flags = "--shape box --processes 2 --steps 1 --warm_up 1 --global_batch 4 --micro_batch 2 --prompts 6 --answer 8"
-    command = [sys.executable, SCRIPT.with_name("scale_out.py"), *flags.split(), "--decoding_batch", "2"]
-    result = subprocess.run([*command, "--output", tmp_path / "out.json"], capture_output=True, text=True)
+    flags = [*flags.split(), "--decoding_batch", "2"]
+    result = scripts.run(SCALE_OUT, *flags, "--output", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "out.json").read_text())
     assert [row["processes"] for row in results["training"]] == [1, 2]
@@ -80,8 +75,8 @@ def test_the_benchmark_of_several_devices_runs(tmp_path):
     (row,) = results["checkpoints"]
     assert (row["saved"], row["resumed"]) == ("ddp", "single_gpu")
     assert max(row["losses_difference"], row["difference"], row["layouts"]) < 1e-4
-    flags = [*command, "--parts", "training", "--layouts", "ddp", "--rank", "0", "--output", tmp_path / "failed.json"]
-    result = subprocess.run(flags, capture_output=True, text=True)
+    flags += ["--parts", "training", "--layouts", "ddp", "--rank", "0", "--output", tmp_path / "failed.json"]
+    result = scripts.run(SCALE_OUT, *flags)
     assert result.returncode == 1 and "failed: LoRA-ddp" in result.stderr
     assert json.loads((tmp_path / "failed.json").read_text())["failed"] == ["LoRA-ddp"]
 
@@ -94,13 +89,12 @@ def test_the_benchmark_of_several_devices_runs(tmp_path):
     ],
 )
 def test_the_benchmark_of_several_devices_refuses(flags, message):
-    command = [sys.executable, SCRIPT.with_name("scale_out.py"), *flags.split()]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = scripts.call(SCALE_OUT, *flags.split())
     assert result.returncode == 2 and message in result.stderr
 
 
 def test_the_table_of_caches_is_made(tmp_path):
-    rows, _ = run(SCRIPT.parents[1] / "word_problems" / "caches.py", "--problems 2 --batch_size 2", tmp_path)
+    rows, _ = run("word_problems/caches.py", "--problems 2 --batch_size 2", tmp_path)
     by_name = {(row["model"], row["cache"]): row for row in rows}
     assert len(rows) == len(by_name) == 16
     for model in ("teacher", "student"):

@@ -3,18 +3,19 @@
 import hashlib
 import random
 import re
-import subprocess
-import sys
 from itertools import chain
-from pathlib import Path
 
-import problems as generator
 import pytest
-from problems import extract_answer, generate_problems, is_correct, split_of, to_conversation
-from tokenizer import MAX_VOCABULARY, build_tokenizer
 from transformers import AutoTokenizer
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "word_problems"
+from tests.scripts import call, load
+
+generator, tokenization = load("word_problems/problems.py"), load("word_problems/tokenizer.py")
+extract_answer, is_correct, generate_problems = (
+    generator.extract_answer, generator.is_correct, generator.generate_problems,
+)  # fmt: skip
+split_of, to_conversation = generator.split_of, generator.to_conversation
+build_tokenizer = tokenization.build_tokenizer
 
 SUM = re.compile(r"([0-9]+) ([-+*/]) ([0-9]+) = ([0-9]+)")
 NUMBER = re.compile("[0-9]+|doubles|triples")
@@ -157,7 +158,7 @@ def test_conversation():
 
 
 def test_special_tokens(tokenizer):
-    assert len(tokenizer) <= MAX_VOCABULARY
+    assert len(tokenizer) <= tokenization.MAX_VOCABULARY
     assert tokenizer.eos_token == tokenizer.pad_token == "<|endoftext|>"
     assert tokenizer.bos_token == "<|startoftext|>"
     assert tokenizer.mask_token == "<|mask|>"
@@ -243,10 +244,8 @@ def test_tokenizer_is_the_same_every_time(tokenizer):
 
 
 def test_script_saves_what_auto_tokenizer_loads(tokenizer, train, tmp_path):
-    script = subprocess.run(
-        [sys.executable, FOLDER / "tokenizer.py", "--output", tmp_path], check=True, capture_output=True, text=True
-    )
-    assert f"{len(tokenizer)} tokens" in script.stdout
+    script = call("word_problems/tokenizer.py", "--output", tmp_path)
+    assert script.returncode == 0 and f"{len(tokenizer)} tokens" in script.stdout
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     texts = [text for problem in train[:50] for text in problem[:2]] + ["ß 12\n <|mask|>"]
     assert loaded(texts)["input_ids"] == tokenizer(texts)["input_ids"]

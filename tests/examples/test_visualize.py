@@ -5,21 +5,20 @@ import os
 import select
 import shutil
 import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import visualize
-from golden import STUDENT
 from PIL import Image
-from visualize import parse_decoding, pass_ticks, split_text, to_html, to_picture, trace
 
 from dparallel.modeling import DiffusionGenerationOutput
+from tests import scripts
+from tests.golden import STUDENT
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "visualize.py"
+visualize = scripts.load("visualize.py")
+parse_decoding, pass_ticks, split_text = visualize.parse_decoding, visualize.pass_ticks, visualize.split_text
+to_html, to_picture, trace = visualize.to_html, visualize.to_picture, visualize.trace
 BROWSERS = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 END = 0  # end-of-text of the word tokenizer
 
@@ -37,14 +36,6 @@ def make_output(tokenizer, text, steps, padding=0):
         unmasking_step=torch.stack((torch.zeros_like(steps), steps)),
         unmasking_confidence=torch.full((2, len(steps)), 0.125),
     )
-
-
-def run(folder, *arguments):
-    """The script's `main`, here, where all is imported already."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["visualize.py", *map(str, arguments)])
-        visualize.main()
 
 
 # --- data and picture ------------------------------------------------------------------------------------------------
@@ -134,8 +125,7 @@ def test_picture(tmp_path, word_tokenizer):
 
 
 def test_the_script_makes_page_and_picture(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, SCRIPT], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    result = scripts.call("visualize.py", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == [
         "teacher, confidence, steps 128: 59 tokens in 64 forward passes",
@@ -181,10 +171,9 @@ def test_decodings_are_read(text, expected):
         (["--decoding", "unmasking=best"], "`unmasking='best'` is not allowed"),
     ],
 )
-def test_the_script_says_what_is_wrong(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        run(tmp_path, *arguments)
-    assert message in capsys.readouterr().err + str(error.value) and not list(tmp_path.iterdir())
+def test_the_script_says_what_is_wrong(arguments, message, tmp_path):
+    result = scripts.call("visualize.py", *arguments, cwd=tmp_path)
+    assert result.returncode and message in result.stderr and not list(tmp_path.iterdir())
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -290,7 +279,7 @@ def move_to(browser, position):
 def page(tmp_path_factory):
     """What the script makes without arguments."""
     folder = tmp_path_factory.mktemp("decoded")
-    run(folder)
+    assert scripts.call("visualize.py", cwd=folder).returncode == 0
     return folder / "decoding.html"
 
 
@@ -426,7 +415,8 @@ def test_page_takes_any_token(browser, tmp_path, word_tokenizer):
 def test_page_of_one_model_on_a_phone(browser, tmp_path):
     flags = ["--model", STUDENT, "--prompt", "Sam has 3 nuts. Sam buys 4 more. How many nuts does Sam have now?"]
     flags += ["--decoding", "unmasking=confidence,stop_at_eos=False,block_length=16", "--decoding", "threshold=0.3"]
-    run(tmp_path, *flags, "--max-new-tokens", 40, "--output", "page.html")
+    flags += ["--max-new-tokens", 40, "--output", "page.html"]
+    assert scripts.call("visualize.py", *flags, cwd=tmp_path).returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "page.png"]
     browser.send("Emulation.setDeviceMetricsOverride", width=360, height=740, deviceScaleFactor=2, mobile=True)
     browser.open(tmp_path / "page.html")

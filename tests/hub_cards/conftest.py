@@ -3,7 +3,8 @@ import os
 import huggingface_hub
 import pytest
 import transformers
-from hub_server import HubServer
+
+from tests.hub_cards.hub_server import HubServer
 
 
 @pytest.fixture

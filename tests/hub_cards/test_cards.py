@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES
 from huggingface_hub import DatasetCard, HfApi, ModelCard
 
 from dparallel.hub_cards import dataset_card, model_card
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
+from tests.families import FAMILIES
 
 EXPECTED = Path(__file__).parent / "expected"
 MEASURED = {
@@ -29,7 +29,7 @@ TRAINING = {
     "base_model": "GSAI-ML/LLaDA-8B-Instruct", "model_type": "llada", "datasets": ["user/gsm8k-trajectories"],
     "arguments": {"global batch": 64, "learning_rate": "2e-05", "certainty_weight": "2.0"},
     "adapter": {"r": 128, "lora_alpha": 128, "target_modules": "k_proj, q_proj, up_proj, v_proj"},
-    "steps": 600, "versions": {"dparallel": "0.1.0", "torch": "2.11.0", "transformers": "5.17.0"},
+    "steps": 600, "versions": "dparallel 0.1.0, torch 2.11.0, transformers 5.17.0",
     "hardware": "8 x NVIDIA H200", "date": "2026-11-25",
 }  # fmt: skip
 ROW = {

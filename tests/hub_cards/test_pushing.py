@@ -11,7 +11,6 @@ import time
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
-from golden import CHECKPOINT
 from huggingface_hub import HfApi, ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
@@ -19,8 +18,9 @@ from transformers import AutoTokenizer
 from dparallel.hub_cards import merge_adapter, push_dataset, push_model
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+from tests.golden import CHECKPOINT
+from tests.scripts import call
 
-EXAMPLES = CHECKPOINT.parents[1]
 ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
 MEASUREMENT = {
     "task": "Word problems", "dataset": "word-problems", "split": "test", "num_examples": 100,
@@ -389,8 +389,7 @@ torch.save(model(torch.arange(300, 320)[None]).logits.detach(), sys.argv[1])
 
 
 def test_the_example(hub, word_model):
-    command = [sys.executable, str(EXAMPLES / "push_to_hub.py"), str(CHECKPOINT), "user/box"]
-    result = subprocess.run(command, capture_output=True, text=True, env=hub.environment)
+    result = call("push_to_hub.py", CHECKPOINT, "user/box")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == f"{hub.url}/user/box/commit/{repo(hub, name='user/box').head()}"
     code = """
@@ -406,17 +405,15 @@ print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sa
 @pytest.mark.parametrize("family", ["llada"], indirect=True)
 def test_the_commands(hub, folder, tmp_path):
     generate_rows().save_to_disk(tmp_path / "rows")
-    env = hub.environment
-    for arguments in (
+    for command, *flags in (
         ["push_model", folder, "user/model", "--private", "--skip-snippet"],
         ["push_dataset", tmp_path / "rows", "user/rows", "--license", "mit"],
     ):
-        command = [sys.executable, "-m", f"dparallel.hub_cards.{arguments[0]}", *map(str, arguments[1:])]
-        result = subprocess.run(command, capture_output=True, text=True, env=env)
+        result = call(f"dparallel.hub_cards.{command}", *flags)
         assert result.returncode == 0, result.stderr
         assert "README.md" in result.stdout and f"{hub.url}/" in result.stdout.splitlines()[-1]
         assert "RuntimeWarning" not in result.stderr
-    again = subprocess.run(command, capture_output=True, text=True, env={**env, "HF_TOKEN": "hf_wrong"})
+    again = call("dparallel.hub_cards.push_dataset", *flags, HF_TOKEN="hf_wrong")
     assert again.returncode == 1 and "PermissionError: The Hub does not know who you are" in again.stderr
     assert "Traceback" not in again.stderr
     assert repo(hub).private and repo(hub, "datasets", "user/rows").files()

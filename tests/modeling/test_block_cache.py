@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from golden import load_cases
 from test_generation import EOS, MASK, POLICY_SETTINGS, ShiftedConfig, ShiftedModel, golden, padded_batch
 from transformers import Cache
+
+from tests.golden import load_cases
 
 LOOPS = {
     "entropy": "entropy_threshold",

@@ -7,8 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import load_cases
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -28,6 +26,8 @@ from dparallel.modeling import (
     UnmaskingFilter,
     UnmaskingFilterConfig,
 )
+from tests.families import FAMILIES
+from tests.golden import load_cases
 
 MASK, EOS = 319, 318
 LOOPS = {

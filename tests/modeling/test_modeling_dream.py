@@ -6,8 +6,6 @@ import sys
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import load_cases
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GenerationConfig, Qwen2Tokenizer
 from transformers.generation import LogitsProcessor
@@ -15,6 +13,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from dparallel.modeling import DreamConfig, DreamModel
 from dparallel.modeling.unmasking import ancestral_schedule, linear_time_schedule, most
+from tests.families import FAMILIES
+from tests.golden import load_cases
 
 FAMILY = FAMILIES["dream"]
 MASK = 319

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import load_cases
 
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
+from tests.families import FAMILIES
+from tests.golden import load_cases
 
 TINY = FAMILIES["llada"].shape
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import FIXTURES, load_cases
 from safetensors.torch import load_file, save_file
+
+from tests.families import FAMILIES
+from tests.golden import FIXTURES, load_cases
 
 
 @pytest.mark.parametrize("name", ["llada_tiny", "llada_tiny_gqa", "dream_tiny"])

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES
 from torch import nn
 
 from dparallel.modeling.packed_projections import pack_projections, project
+from tests.families import FAMILIES
 
 
 class Block(nn.Module):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset
-from golden import CHECKPOINT
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from dparallel.modeling.captured_step import captured_steps
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
+from tests.golden import CHECKPOINT
 
 SETTINGS = {"max_new_tokens": 96, "unmasking": "entropy_threshold", "threshold": 0.1}
 QUESTIONS = ["Tom has 12 apples . He buys 5 more . How many apples does he have ?"] * 2

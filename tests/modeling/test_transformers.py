@@ -10,14 +10,13 @@ import threading
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import CHECKPOINT, STUDENT
-from problems import TEST_SEED, generate_problems
-from solving import evaluate
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, TextStreamer, pipeline
 
 import dparallel.modeling
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
+from tests.families import FAMILIES
+from tests.golden import CHECKPOINT, STUDENT
+from tests.scripts import load
 
 CODE = CHECKPOINT.parents[2] / "modeling"
 QUESTION = "Nora has 12 shells. Nora finds 8 more. How many shells are left?"
@@ -155,8 +154,9 @@ def test_student_in_the_box_needs_few_passes():
     """The teacher needs 74 for these at one token a pass."""
     student = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(STUDENT, padding_side="left")
-    problems = list(itertools.islice(generate_problems("test", 12, TEST_SEED), 12))
-    result = evaluate(student, tokenizer, problems, "student", batch_size=4)
+    generator, solving = load("word_problems/problems.py"), load("word_problems/solving.py")
+    problems = list(itertools.islice(generator.generate_problems("test", 12, generator.TEST_SEED), 12))
+    result = solving.evaluate(student, tokenizer, problems, "student", batch_size=4)
     assert sum(result.correct) >= 11 and result.nfe < 7
 
 

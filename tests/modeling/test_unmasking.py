@@ -4,11 +4,11 @@ import json
 
 import pytest
 import torch
-from golden import FIXTURES, load_cases
 from torch import nn
 
 from dparallel.modeling import POLICIES, TokenStatistics, token_statistics
 from dparallel.modeling.unmasking import even_schedule, linear_time_schedule
+from tests.golden import FIXTURES, load_cases
 
 THRESHOLDS = {
     "confidence_threshold": (0.0, 0.3, 0.7, 1.0),

@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES
 from peft import IA3Config, LoraConfig
-from test_masked_diffusion_trainer import EOS, MASK, any_model, rows, weights_after
 
 from dparallel.hub_cards import merge_adapter
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, MaskedDiffusionConfig
 from dparallel.trainer.losses import certainty_forcing_loss
 from dparallel.trainer.masking import complementary_masks, response_mask
+from tests.families import FAMILIES
+from tests.trainer.test_masked_diffusion_trainer import EOS, MASK, any_model, rows, weights_after
 
 
 def settings(tmp_path, **changes):

@@ -10,7 +10,6 @@ from dparallel.trainer import (
     FilterConfig,
     FilterTrainer,
     acceptance_rates,
-    choose_threshold,
     generate_trajectories,
     oracle_passes,
     record_oracle,
@@ -134,11 +133,6 @@ def test_rates_by_hand():
     assert rate == {"threshold": 0.6, "false_accept": 0.5, "false_reject": 0.0}
     rates = acceptance_rates("confidence", Dataset.from_list(rows), [0.6, 1.5])
     assert [list(rate.values()) for rate in rates] == [[0.6, 0.5, 0.0], [1.5, 0.5, 1.0]]
-
-
-def test_choice_of_a_threshold():
-    rates = [{"threshold": t, "false_accept": f} for t, f in ((0.5, 0.2), (0.7, 0.05), (0.9, 0.01))]
-    assert [choose_threshold(rates, share) for share in (0.3, 0.05, 0.02, 0.001)] == [0.5, 0.7, 0.9, 0.9]
 
 
 def test_an_answer_is_on_one_side():

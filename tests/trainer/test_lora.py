@@ -4,11 +4,11 @@ import re
 
 import pytest
 import torch
-from families import FAMILIES
 from peft import LoraConfig, LoraModel, get_peft_model
 from test_generation import ShiftedConfig, ShiftedModel
 
 from dparallel.trainer.lora import complete_lora_config
+from tests.families import FAMILIES
 
 
 def adapted(model, target_modules, **changes):

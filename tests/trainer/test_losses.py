@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from families import FAMILIES
-from golden import FIXTURES, load_cases
 
 from dparallel.trainer.certainty_forcing_config import PUBLISHED
 from dparallel.trainer.losses import certainty_forcing_loss, certainty_forcing_losses
+from tests.families import FAMILIES
+from tests.golden import FIXTURES, load_cases
 
 MODELS = ("llada_tiny", "llada_tiny_gqa", "dream_tiny")
 CASES = [(name, i) for name in MODELS for i in range(len(load_cases(f"loss_{name}")[0]))]

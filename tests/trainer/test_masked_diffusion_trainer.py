@@ -6,8 +6,6 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from families import FAMILIES
-from golden import CHECKPOINT
 from peft import LoraConfig, get_peft_model
 from test_generation import ShiftedConfig, ShiftedModel
 from torch.nn import functional as F
@@ -23,6 +21,8 @@ from dparallel.trainer.checkpoints import load_optimizer, load_weights
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
+from tests.families import FAMILIES
+from tests.golden import CHECKPOINT
 
 EOS, MASK = 0, 1
 

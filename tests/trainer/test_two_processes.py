@@ -2,33 +2,25 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-SCRIPT = Path(__file__).parent / "two_processes.py"
+from tests.families import FAMILIES
+from tests.scripts import run
+
+ROOT = Path(__file__).parents[2]
 
 
 def launch(task, tmp_path, processes):
     """What each process has found, by family: a dictionary of lists."""
     # `accelerate launch --cpu --num_processes 2` starts a single process unless MPI is there; torchrun starts two.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    folders = [str(SCRIPT.parents[i] / folder) for i, folder in ((1, "."), (0, "."), (1, "modeling"))]
-    run = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), SCRIPT, task, tmp_path],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", processes, "-m"] if processes > 1 else []
+    result = run(*launcher, "tests.trainer.two_processes", task, tmp_path, cwd=ROOT)
+    assert result.returncode == 0, result.stderr[-3000:]
     found = [json.loads((tmp_path / f"{task}-{processes}-{i}.json").read_text()) for i in range(processes)]
     return {name: [each[name] for each in found] for name in FAMILIES}
 
@@ -73,7 +65,7 @@ def test_a_checkpoint_goes_on_under_another_layout(tmp_path):
     launches = (("fsdp", 2), ("ddp", 2), ("fsdp", 2), ("ddp", 1))
     runs = [launch(task, tmp_path, processes) for task, processes in launches]
     for name, family in FAMILIES.items():
-        check_layouts(family, tmp_path / name, *(run[name][0] for run in runs))
+        check_layouts(family, tmp_path / name, *(each[name][0] for each in runs))
 
 
 def check_layouts(family, folder, sharded, plain, resharded, one):

@@ -12,15 +12,15 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from families import FAMILIES
-from golden import CHECKPOINT
 from peft import LoraConfig
-from test_certainty_forcing_trainer import settings
-from test_masked_diffusion_trainer import rows
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoTokenizer
 
 from dparallel.trainer import CertaintyForcingTrainer, generate_trajectories
+from tests.families import FAMILIES
+from tests.golden import CHECKPOINT
+from tests.trainer.test_certainty_forcing_trainer import settings
+from tests.trainer.test_masked_diffusion_trainer import rows
 
 
 def train(family, output_dir, tokenizer):

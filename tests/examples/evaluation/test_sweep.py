@@ -1,19 +1,18 @@
 """Sweeps and calibration, from the shell on the model in the box, and their arithmetic on points that are made up."""
 
 import json
-import os
+import re
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
-from golden import CHECKPOINT, STUDENT
 
 from dparallel.evaluation import calibrate as calibration
 from dparallel.evaluation import sweep as sweeping
 from dparallel.evaluation.command_line import find_task
-from dparallel.hub_cards import Measurement, load_measurements
+from dparallel.hub_cards.measurements import Measurement, fastest, load_measurements
+from tests.golden import CHECKPOINT, STUDENT
+from tests.scripts import call
 
 TASK = f"{CHECKPOINT.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
 POINT = Measurement(
@@ -22,7 +21,7 @@ POINT = Measurement(
 )  # fmt: skip
 
 
-def test_a_sweep(tmp_path, monkeypatch, capsys):
+def test_a_sweep(tmp_path, monkeypatch):
     flags = [
         "--task",
         TASK,
@@ -36,10 +35,8 @@ def test_a_sweep(tmp_path, monkeypatch, capsys):
         "none",
         "dual",
     ]
-    flags += ["--decoding", "entropy_threshold=0.1,30", "confidence=32", "--max-new-tokens", 64]
-    command = [sys.executable, "-m", "dparallel.evaluation.sweep", *map(str, flags)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    flags += ["--unmasking", "entropy_threshold=0.1,30", "confidence=32", "--max-new-tokens", 64]
+    result = call("dparallel.evaluation.sweep", *flags)
     assert result.returncode == 0, result.stderr
     points = load_measurements(tmp_path / "results.json")
     assert [[v for k, v in point.decoding.items() if k != "max_new_tokens"] for point in points] == [
@@ -52,30 +49,24 @@ def test_a_sweep(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     report = (tmp_path / "sweep.md").read_text()
     assert report.strip() in result.stdout and "- AUP of entropy threshold, dual cache: " in report
-    monkeypatch.setattr(sys, "argv", command[2:])
     monkeypatch.setattr("dparallel.trainer.trajectories.decode_prompts", None)
-    sweeping.main()
-    assert capsys.readouterr().out == result.stdout, "nothing is decoded again"
+    assert call("dparallel.evaluation.sweep", *flags).stdout == result.stdout, "nothing is decoded again"
 
 
-def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path, monkeypatch, capsys):
+def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "max_new_tokens": 100}))
     flags = "--split validation --limit 2 --max-new-tokens 128 --margin 0 --bar 1 --thresholds 0.1 30".split()
     flags += ["--task", TASK, "--model", tmp_path / "model", "--output-dir", tmp_path / "out"]
-    monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, flags)])
-    calibration.main()
+    result = call("dparallel.evaluation.calibrate", *flags)
+    assert result.returncode == 0, result.stderr
     config = json.loads(path.read_text())
     assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
     assert config["max_new_tokens"] == 100, "the rest stays"
-    assert (
-        len(load_measurements(tmp_path / "out" / "results.json")) == 2
-        and str(tmp_path / "out") in capsys.readouterr().out
-    )
-    monkeypatch.setattr(sys, "argv", ["calibrate", *map(str, flags), "--thresholds", "30"])
-    with pytest.raises(SystemExit, match="no threshold is that accurate; nothing was written"):
-        calibration.main()
+    assert len(load_measurements(tmp_path / "out" / "results.json")) == 2 and str(tmp_path / "out") in result.stdout
+    result = call("dparallel.evaluation.calibrate", *flags, "--thresholds", 30)
+    assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
 
 
 def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
@@ -107,7 +98,7 @@ def test_points_become_curves_and_areas():
     weighted = 88 * 2.718281828459045 ** (-3 * (1 - 88 / 90))
     assert areas["entropy threshold"] == pytest.approx(3 * 90 + (6 - 3) * (90 + weighted) / 2)
     assert areas["entropy threshold, dual cache"] == pytest.approx(3 * 80)
-    assert sweeping.fastest(points, 0.85).nfe == 10 and sweeping.fastest(points, 0.95) is None
+    assert fastest(points, 0.85).nfe == 10 and fastest(points, 0.95) is None
 
 
 def test_settings_of_all_points(word_model):
@@ -126,10 +117,18 @@ def test_settings_of_all_points(word_model):
 
 
 @pytest.mark.parametrize(
-    "word", ["entropy_threshold=a", "nothing=1", "confidence=0.5", "entropy_threshold", "confidence="]
+    ("word", "allowed"),
+    [
+        ("nothing=1", "it must be POLICY=NUMBER,NUMBER,... with a policy of ['confidence'"),
+        ("=1", "it must be POLICY=NUMBER,NUMBER,... with a policy of ['confidence'"),
+        ("entropy_threshold=a", "behind `entropy_threshold=`, it must have thresholds"),
+        ("entropy_threshold", "behind `entropy_threshold=`, it must have thresholds"),
+        ("entropy=0.1", "behind `entropy=`, it must have whole numbers of steps"),
+        ("confidence=", "behind `confidence=`, it must have whole numbers of steps"),
+    ],
 )
-def test_wrong_grids(word):
-    with pytest.raises(ValueError, match=rf"`decoding='{word}'` is not allowed: it must be POLICY=NUMBER"):
+def test_wrong_grids(word, allowed):
+    with pytest.raises(ValueError, match=re.escape(f"`unmasking={word!r}` is not allowed: {allowed}")):
         sweeping.parse_grid([word])
 
 

@@ -1,6 +1,5 @@
 """What the commands that evaluate have in common."""
 
-import argparse
 import importlib.util
 import sys
 from datetime import timedelta
@@ -10,9 +9,9 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.hub_cards.merge import decoding_of
-from dparallel.hub_cards.model_card import check_folder_or_hub_id
 from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
 
 from .evaluation import evaluate_task
@@ -49,17 +48,17 @@ def add_model_arguments(parser):
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, help="default: auto, as saved, on a GPU, float32 on a CPU")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the model's repository")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the repository's own Python code")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the repository's own Python code")
 
 
 def add_data_arguments(parser):
     parser.add_argument("--data", help="JSON-lines file, or folder of them, instead of the Hub (also DPARALLEL_DATA)")
     parser.add_argument("--split", help="default: the one that is published, test")
     parser.add_argument("--limit", type=int, help="the first so many questions")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each question")
-    parser.add_argument("--max-new-tokens", type=int, help="of an answer")
-    parser.add_argument("--batch-size", type=int, help="questions decoded at a time; default: 16")
-    parser.add_argument("--shard-size", type=int, help="questions saved together; default: 32, or more for a batch")
+    parser.add_argument("--num_fewshot", type=int, help="examples before each question")
+    parser.add_argument("--max_new_tokens", type=int, help="of an answer")
+    parser.add_argument("--batch_size", type=int, help="questions decoded at a time; default: 16")
+    parser.add_argument("--shard_size", type=int, help="questions saved together; default: 32, or more for a batch")
 
 
 def _given(arguments, *names) -> dict:
@@ -75,9 +74,9 @@ def data_arguments(arguments, task) -> dict:
     if batch_size is None:
         batch_size = min(16, shard_size)
     if not 1 <= batch_size <= shard_size:
-        allowed = f"a batch is of one shard, so it must be from 1 to --shard-size, {shard_size}"
+        allowed = f"a batch is of one shard, so it must be from 1 to --shard_size, {shard_size}"
         raise ValueError(f"`batch_size={batch_size}` is not allowed: {allowed}.")
-    task.require_judge()
+    task.require_sandbox()
     asked = _given(arguments, "data", "split", "limit", "num_fewshot")
     task.questions(**asked)
     return {**asked, **_given(arguments, "max_new_tokens"), "batch_size": batch_size, "shard_size": shard_size}
@@ -109,25 +108,26 @@ def table_row(measurement, model) -> str:
 def evaluate_from_command_line(task):
     """All that a benchmark's script does.
 
-    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --policy entropy_threshold --threshold 0.5
+    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --unmasking entropy_threshold --threshold 0.5
     """
-    parser = argparse.ArgumentParser(description=f"Accuracy and forward passes of a model on {task.name}.")
+    parser = CommandParser(description=f"Accuracy and forward passes of a model on {task.name}.")
     add_model_arguments(parser)
     add_data_arguments(parser)
     decoding = parser.add_argument_group("decoding", "what is not given is as the checkpoint has it")
-    decoding.add_argument("--policy", dest="unmasking", choices=sorted(POLICIES))
+    decoding.add_argument("--unmasking", choices=sorted(POLICIES))
     decoding.add_argument("--threshold", type=float, help="of the policy")
     decoding.add_argument("--steps", type=int, help="of a scheduled policy")
-    decoding.add_argument("--block-length", type=int)
-    decoding.add_argument("--block-cache", choices=["none", "prefix", "dual"])
-    decoding.add_argument("--cache-refresh", choices=["full", "previous_block"])
-    decoding.add_argument("--cache-refresh-interval", type=int)
-    decoding.add_argument("--stop-at-eos", action=argparse.BooleanOptionalAction, help="of each answer")
-    decoding.add_argument("--eos-threshold", type=float)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
+    decoding.add_argument("--block_length", type=int)
+    decoding.add_argument("--block_cache", choices=["none", "prefix", "dual"])
+    decoding.add_argument("--cache_refresh", choices=["full", "previous_block"])
+    decoding.add_argument("--cache_refresh_interval", type=int)
+    decoding.add_argument("--stop_at_eos", action="store_true", default=None, help="end an answer at its end-of-text")
+    decoding.add_argument("--no_stop_at_eos", dest="stop_at_eos", action="store_false", default=None,
+                          help="decode all blocks of each answer")  # fmt: skip
+    decoding.add_argument("--eos_threshold", type=float)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
     arguments = parser.parse_args()
-    names = [action.dest for action in decoding._group_actions]
-    settings = _given(arguments, *names)
+    settings = _given(arguments, *{action.dest: action for action in decoding._group_actions})
 
     with plain_errors(ValueError, OSError):
         data = data_arguments(arguments, task)

@@ -1,30 +1,28 @@
 """Evaluations: against one question at a time, killed and started again, from scripts, and refused."""
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
-import evaluate_word_problems
 import pytest
 import torch
 from datasets import Dataset
-from golden import CHECKPOINT, STUDENT
 from peft import LoraConfig, get_peft_model
-from rows import DATA, FUNCTION, PROGRAM, QUESTIONS, real_rows
 from transformers import AutoModelForCausalLM
 
-from dparallel.evaluation import GSM8K, HUMANEVAL, MATH, MBPP, evaluate_from_command_line, evaluate_task
+from dparallel.evaluation import GSM8K, HUMANEVAL, MATH, MBPP, evaluate_task
 from dparallel.evaluation.command_line import load_model
 from dparallel.hub_cards import load_measurements
+from tests.examples.evaluation.rows import DATA, FUNCTION, PROGRAM, QUESTIONS, real_rows
+from tests.golden import CHECKPOINT, STUDENT
+from tests.scripts import EXAMPLES, call, load, run, start
 
-EXAMPLES = CHECKPOINT.parents[1]
+GSM8K_SCRIPT, MBPP_SCRIPT = "gsm8k/evaluate_gsm8k.py", "mbpp/evaluate_mbpp.py"
+WORD_PROBLEMS_SCRIPT = "word_problems/evaluate_word_problems.py"
+evaluate_word_problems = load(WORD_PROBLEMS_SCRIPT)
 # It makes a helper, which the tests use, give what it then expects.
 REDEFINED = "def half(x):\n    return 0\n\n\ndef double(x):\n    return {2: 4, 0: 3}[x]"
 
@@ -37,18 +35,6 @@ def write_lines(path, rows):
 @pytest.fixture
 def questions(tmp_path):
     return write_lines(tmp_path / "questions.jsonl", QUESTIONS)
-
-
-def start(script, *arguments, **environment):
-    command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
-
-
-def run(script, *arguments, **environment):
-    process = start(script, *arguments, **environment)
-    out, err = process.communicate()
-    return process.returncode, out, err
 
 
 def samples(folder):
@@ -79,9 +65,10 @@ def test_equals_one_question_at_a_time(word_model, word_tokenizer, questions, tm
 
 def test_word_problems_from_the_shell(tmp_path):
     arguments = ["--model", STUDENT, "--limit", 4, "--batch-size", 4, "--output-dir", tmp_path / "out"]
-    code, out, err = run("word_problems/evaluate_word_problems.py", *arguments)
-    assert code == 0, err
-    assert "| Word problems, 4 | student | as shipped |" in out and "right=" in err and "NFE=" in err
+    result = run(WORD_PROBLEMS_SCRIPT, *arguments)
+    assert result.returncode == 0, result.stderr
+    assert "| Word problems, 4 | student | as shipped |" in result.stdout
+    assert "right=" in result.stderr and "NFE=" in result.stderr
     result = load_measurements(tmp_path / "out" / "results.json")[0]
     assert result.accuracy == 1 and result.nfe < 10, "the student's own policy"
     problem = evaluate_word_problems.WORD_PROBLEMS.load()[0]
@@ -93,17 +80,17 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
         questions, [{**row, "question": f"{i + 2} birds. {row['question']}"} for i in range(5) for row in QUESTIONS]
     )
     arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 24, "--shard-size", 2,
-                 "--policy", "confidence", "--output-dir"]  # fmt: skip
-    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "whole")
-    assert code == 0, err
-    process = start("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "killed")
+                 "--unmasking", "confidence", "--output-dir"]  # fmt: skip
+    result = call(GSM8K_SCRIPT, *arguments, tmp_path / "whole")
+    assert result.returncode == 0, result.stderr
+    process = start(GSM8K_SCRIPT, *arguments, tmp_path / "killed")
     while len(list((tmp_path / "killed" / "answers").glob("shard-*.arrow"))) < 3:
         assert process.poll() is None and time.sleep(0.02) is None
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.kill()
+    process.wait()
     assert not (tmp_path / "killed" / "results.json").exists()
-    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "killed")
-    assert code == 0, err
+    result = call(GSM8K_SCRIPT, *arguments, tmp_path / "killed")
+    assert result.returncode == 0, result.stderr
     for name in ("results.json", "samples.jsonl"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert (tmp_path / "whole" / "seconds.json").exists() and not (tmp_path / "killed" / "seconds.json").exists()
@@ -111,14 +98,10 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
 
 def test_two_processes(questions, tmp_path):
     arguments = ["--model", STUDENT, "--data", questions, "--max-new-tokens", 32, "--shard-size", 1, "--output-dir"]
-    code, _, err = run("gsm8k/evaluate_gsm8k.py", *arguments, tmp_path / "one")
-    assert code == 0, err
-    launch = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
-    command = [sys.executable, *launch, EXAMPLES / "gsm8k/evaluate_gsm8k.py", *arguments]
-    result = subprocess.run(
-        [*map(str, command), tmp_path / "two"], capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    result = call(GSM8K_SCRIPT, *arguments, tmp_path / "one")
+    assert result.returncode == 0, result.stderr
+    launch = "--standalone --nproc_per_node 2".split()
+    result = run("torch.distributed.run", *launch, EXAMPLES / GSM8K_SCRIPT, *arguments, tmp_path / "two")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("| GSM8K, 3 |") == 1, "two processes that know of each other"
     for name in ("results.json", "samples.jsonl"):
@@ -142,19 +125,19 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
         torch.testing.assert_close(model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1
     flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
-    code, out, err = run("gsm8k/evaluate_gsm8k.py", *flags, "--output-dir", tmp_path / "out")
-    assert code == 0 and "| GSM8K, 3 |" in out, err
+    result = call(GSM8K_SCRIPT, *flags, "--output-dir", tmp_path / "out")
+    assert result.returncode == 0 and "| GSM8K, 3 |" in result.stdout, result.stderr
 
 
 def test_programs_are_run_only_if_allowed(tmp_path):
     data = write_lines(tmp_path / "programs.jsonl", [PROGRAM, PROGRAM])
     flags = ["--model", STUDENT, "--data", data, "--num-fewshot", 0, "--max-new-tokens", 16, "--output-dir"]
-    code, out, err = run("mbpp/evaluate_mbpp.py", *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="0")
-    assert code == 1 and "HF_ALLOW_CODE_EVAL" in err and "Traceback" not in err
+    result = call(MBPP_SCRIPT, *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="0")
+    assert result.returncode == 1 and "HF_ALLOW_CODE_EVAL" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists(), "said before any decoding"
-    code, out, err = run("mbpp/evaluate_mbpp.py", *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="1")
-    assert code == 0, err
-    assert "| MBPP, 2 | student |" in out and len(samples(tmp_path / "out")) == 2
+    result = call(MBPP_SCRIPT, *flags, tmp_path / "out", HF_ALLOW_CODE_EVAL="1")
+    assert result.returncode == 0, result.stderr
+    assert "| MBPP, 2 | student |" in result.stdout and len(samples(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize(
@@ -165,35 +148,34 @@ def test_programs_are_run_only_if_allowed(tmp_path):
         (["--model", STUDENT, "--data", "no.jsonl"], "`data='no.jsonl'` is not allowed for Word problems"),
         (
             ["--model", STUDENT, "--batch-size", 64, "--shard-size", 32],
-            "`batch_size=64` .* to --shard-size, 32",
+            "`batch_size=64` .* to --shard_size, 32",
         ),
         (["--model", STUDENT, "--batch-size", 0], "`batch_size=0` is not allowed"),
         (["--model", STUDENT, "--dtype", "float99"], "invalid choice: 'float99'"),
     ],
 )
-def test_the_shell_says_what_is_wrong(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate_word_problems.py", *map(str, flags)])
-    with pytest.raises(SystemExit) as caught:
-        evaluate_from_command_line(evaluate_word_problems.WORD_PROBLEMS)
-    assert re.search(message, f"{caught.value}{capsys.readouterr().err}")
+def test_the_shell_says_what_is_wrong(flags, message):
+    result = call(WORD_PROBLEMS_SCRIPT, *flags)
+    assert result.returncode and re.search(message, result.stderr)
 
 
 @real_rows
 @pytest.mark.parametrize(
     ("script", "flags"),
     [
-        ("gsm8k/evaluate_gsm8k.py", ["--num-fewshot", 1]),
-        ("mbpp/evaluate_mbpp.py", ["--num-fewshot", 1]),
-        ("mbpp/evaluate_humaneval.py", []),
+        (GSM8K_SCRIPT, ["--num-fewshot", 1]),
+        (MBPP_SCRIPT, ["--num-fewshot", 1]),
+        ("humaneval/evaluate_humaneval.py", []),
     ],
 )
 def test_real_rows_from_end_to_end(script, flags, tmp_path):
     common = ["--model", STUDENT, "--limit", 2, "--max-new-tokens", 32, "--output-dir", tmp_path]
-    code, out, err = run(script, *flags, *common, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))
-    assert code == 0, err
+    printed = call(script, *flags, *common, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))
+    assert printed.returncode == 0, printed.stderr
     result = load_measurements(tmp_path / "results.json")[0]
     assert len(samples(tmp_path)) == 2 and result.num_examples == 2 and result.num_fewshot == len(flags[:1])
-    assert ", 1-shot, 2 |" in out if result.num_fewshot else "HumanEval, 2 |" in out
+    wanted = ", 1-shot, 2 |" if result.num_fewshot else "HumanEval, 2 |"
+    assert wanted in printed.stdout
 
 
 def test_right_and_wrong_programs(monkeypatch):

@@ -4,10 +4,10 @@ import json
 from fractions import Fraction
 
 import pytest
-from rows import DATA, real_rows
 
 from dparallel.evaluation import answers
 from dparallel.evaluation.metrics import same_formula, same_number
+from tests.examples.evaluation.rows import DATA, real_rows
 
 
 @pytest.mark.parametrize(

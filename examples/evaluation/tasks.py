@@ -95,7 +95,7 @@ class Task:
             raise ValueError(f"{self.name}: the rows of {source} lack the columns {missing}.")
         return rows
 
-    def require_judge(self):
+    def require_sandbox(self):
         """Raises `PermissionError` or another error if answers are programs, and those may not or cannot be run."""
         if self.runs_code:
             run_tests("", "assert True")

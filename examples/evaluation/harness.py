@@ -28,7 +28,7 @@ from lm_eval.models.huggingface import HFLM
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 from dparallel.hub_cards.command_line import plain_errors
-from dparallel.hub_cards.model_card import check_folder_or_hub_id
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 
 from .evaluation import check_decoding
 from .metrics import DecodingEfficiency

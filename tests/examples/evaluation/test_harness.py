@@ -1,18 +1,16 @@
 """lm-evaluation-harness on a task over a local file: from the shell, against `generate()` itself."""
 
 import json
-import os
-import subprocess
-import sys
 
 import lm_eval
 import pytest
 import torch
-from golden import CHECKPOINT, STUDENT
 from lm_eval.tasks import TaskManager
-from rows import QUESTIONS
 
 from dparallel.evaluation.harness import DiffusionLM
+from tests.examples.evaluation.rows import QUESTIONS
+from tests.golden import CHECKPOINT, STUDENT
+from tests.scripts import run
 
 
 @pytest.fixture
@@ -96,20 +94,10 @@ def test_likelihoods_are_refused(tasks, word_model, word_tokenizer):
 
 
 def test_from_the_shell(tasks, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "dparallel.evaluation.harness",
-        "--model",
-        "dparallel",
-        "--tasks",
-        "word_problems",
-    ]
-    command += ["--model_args", f"pretrained={STUDENT},dtype=float32,unmasking=entropy_threshold,threshold=0.1"]
-    command += ["--include_path", tasks, "--apply_chat_template", "--batch_size", "3", "--device", "cpu"]
-    command += ["--output_path", tmp_path / "out"]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=env)
+    flags = ["--model", "dparallel", "--tasks", "word_problems", "--include_path", tasks, "--apply_chat_template"]
+    flags += ["--model_args", f"pretrained={STUDENT},dtype=float32,unmasking=entropy_threshold,threshold=0.1"]
+    flags += ["--batch_size", 3, "--device", "cpu", "--output_path", tmp_path / "out"]
+    result = run("dparallel.evaluation.harness", *flags, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     config = json.loads(next((tmp_path / "out").rglob("results_*.json")).read_text())["config"]
     assert config["decoding"] == {"unmasking": "entropy_threshold", "threshold": 0.1}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-DATA = Path(os.environ.get("DPARALLEL_DATA", Path(__file__).parents[3] / "shared" / "data"))
+DATA = Path(os.environ.get("DPARALLEL_DATA", Path(__file__).parents[4] / "shared" / "data"))
 real_rows = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the benchmarks' rows, of which {DATA} has none")
 QUESTIONS = [
     {

@@ -1,18 +1,13 @@
 """Let a model answer a benchmark, judge it, and write down what it took."""
 
 import json
-import platform
 import time
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 
-import torch
-import transformers
 from accelerate import PartialState
 
-from dparallel.hub_cards import Measurement
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, here_and_now
 from dparallel.trainer import generate_trajectories
 
 from .metrics import DecodingEfficiency
@@ -63,7 +58,7 @@ def evaluate_task(
         PermissionError: before any decoding, if answers are programs and HF_ALLOW_CODE_EVAL is not 1.
     """
     check_decoding(model, decoding)
-    task.require_judge()
+    task.require_sandbox()
     questions = task.questions(split=split, data=data, limit=limit, num_fewshot=num_fewshot)
     if tokenizer.chat_template is None:
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
@@ -153,13 +148,3 @@ def to_entries(measurements) -> list[dict]:
 def write_measurements(measurements, path):
     """A results file."""
     Path(path).write_text(json.dumps({"measurements": to_entries(measurements)}, indent=1) + "\n")
-
-
-def here_and_now() -> dict:
-    """`hardware`, `date` and `versions` of a measurement."""
-    is_gpu = torch.cuda.is_available()
-    return {
-        "hardware": torch.cuda.get_device_name() if is_gpu else f"CPU ({platform.machine()})",
-        "date": str(date.today()),
-        "versions": f"torch {torch.__version__}, transformers {transformers.__version__}",
-    }

@@ -1,7 +1,7 @@
 """How accurate a model is, and how many forward passes that takes."""
 
 from .command_line import evaluate_from_command_line
-from .evaluation import evaluate_task, here_and_now
+from .evaluation import evaluate_task
 from .metrics import (
     AccuracyUnderParallelism,
     DecodingEfficiency,
@@ -27,5 +27,4 @@ __all__ = [
     "accuracy_under_parallelism",
     "evaluate_from_command_line",
     "evaluate_task",
-    "here_and_now",
 ]

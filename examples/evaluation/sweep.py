@@ -1,20 +1,19 @@
 """Accuracy against forward passes and seconds, over policies, thresholds and caches.
 
     python -m dparallel.evaluation.sweep --task gsm8k --model user/repo --limit 200 \\
-        --decoding entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block-cache none dual
+        --unmasking entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block_cache none dual
 
 Writes `results.json` (every point, as cards read it), `sweep.md` and `sweep.png`. After a kill it goes on where it
 was; a point that was decoded in two parts has no seconds.
 """
 
-import argparse
 import itertools
 from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
 
-from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.modeling import POLICIES
 
@@ -43,13 +42,18 @@ def parse_grid(words) -> dict[str, list[float]]:
     grid = {}
     for word in words:
         unmasking, _, values = word.partition("=")
-        try:
-            kind = int if POLICIES[unmasking].is_scheduled else float
-            grid.setdefault(unmasking, []).extend(kind(value) for value in values.split(","))
-        except (KeyError, ValueError) as error:
+        if unmasking not in POLICIES:
             raise ValueError(
-                f"`decoding={word!r}` is not allowed: it must be POLICY=NUMBER,NUMBER,... with a policy of "
+                f"`unmasking={word!r}` is not allowed: it must be POLICY=NUMBER,NUMBER,... with a policy of "
                 f"{sorted(POLICIES)}."
+            )
+        kind, numbers = (int, "whole numbers of steps") if POLICIES[unmasking].is_scheduled else (float, "thresholds")
+        try:
+            grid.setdefault(unmasking, []).extend(kind(value) for value in values.split(","))
+        except ValueError as error:
+            raise ValueError(
+                f"`unmasking={word!r}` is not allowed: behind `{unmasking}=`, it must have {numbers}, separated by "
+                f"commas."
             ) from error
     return grid
 
@@ -116,11 +120,6 @@ def aup(lines) -> dict[str, float]:
     }
 
 
-def fastest(points, bar):
-    """Of the points that are at least this accurate, the one with the fewest passes; None if there is none."""
-    return min((point for point in points if point.accuracy >= bar), key=lambda point: point.nfe, default=None)
-
-
 def to_table(points) -> str:
     rows = ["| decoding | NFE | TPF | seconds | accuracy % |", "| --- " * 5 + "|"]
     for point in points:
@@ -168,18 +167,18 @@ def plot(lines, path, title, bar=None):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m dparallel.evaluation.sweep", description=__doc__.splitlines()[0])
+    parser = CommandParser(prog="python -m dparallel.evaluation.sweep", description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--decoding", nargs="+", metavar="POLICY=NUMBERS", help="default: three policies")
+    parser.add_argument("--unmasking", nargs="+", metavar="POLICY=NUMBERS", help="default: three policies")
     choices = ["none", "prefix", "dual"]
-    parser.add_argument("--block-cache", nargs="+", default=[None], choices=choices, help="default: the checkpoint's")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/sweep"))
+    parser.add_argument("--block_cache", nargs="+", default=[None], choices=choices, help="default: the checkpoint's")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
     arguments = parser.parse_args()
 
     with plain_errors(ValueError, OSError):
-        grid = parse_grid(arguments.decoding) if arguments.decoding else DEFAULT_GRID
+        grid = parse_grid(arguments.unmasking) if arguments.unmasking else DEFAULT_GRID
         task = find_task(arguments.task)
         folder, data = arguments.output_dir, data_arguments(arguments, task)
         model, tokenizer = load_model(arguments)

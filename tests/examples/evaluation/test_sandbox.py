@@ -14,10 +14,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from rows import DATA, FUNCTION, PROGRAM, real_rows
 
 from dparallel.evaluation import sandbox, sandbox_runner
 from dparallel.evaluation.sandbox import Verdict, run_tests
+from tests.examples.evaluation.rows import DATA, FUNCTION, PROGRAM, real_rows
 
 DOUBLE = "def f(x):\n    return 2 * x\n"
 EXITED = "exited before the end of the tests"

@@ -1,22 +1,21 @@
 """Find the fastest threshold that costs no more accuracy than allowed, and save it with the checkpoint.
 
     python -m dparallel.evaluation.calibrate --task gsm8k --split train --limit 500 --model runs/llada/merged \\
-        --policy entropy_threshold --margin 0.01
+        --unmasking entropy_threshold --margin 0.01
 
 Accuracy is compared with that of one token a pass, or with `--bar`. Calibrate on problems that you do not report.
 """
 
-import argparse
 from pathlib import Path
 
 from accelerate import PartialState
 
-from dparallel.hub_cards.command_line import plain_errors
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
+from dparallel.hub_cards.measurements import RESULTS_FILE, fastest
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
 from .evaluation import write_measurements
-from .sweep import DEFAULT_GRID, decodings_of, fastest, number_of, sweep, to_table
+from .sweep import DEFAULT_GRID, decodings_of, number_of, sweep, to_table
 
 
 def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
@@ -52,17 +51,15 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m dparallel.evaluation.calibrate", description=__doc__.splitlines()[0]
-    )
+    parser = CommandParser(prog="python -m dparallel.evaluation.calibrate", description=__doc__.splitlines()[0])
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--policy", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
+    parser.add_argument("--unmasking", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
     parser.add_argument("--thresholds", type=float, nargs="+", help="candidates")
     parser.add_argument("--margin", type=float, default=0.01, help="of accuracy that may be lost")
     parser.add_argument("--bar", type=float, help="accuracy of slow decoding, if you know it")
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/calibration"))
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/calibration"))
     arguments = parser.parse_args()
 
     with plain_errors(ValueError, OSError):
@@ -75,8 +72,8 @@ def main():
         data = data_arguments(arguments, task)
         model, tokenizer = load_model(arguments)
         chosen, points = calibrate(
-            task, model, tokenizer, arguments.output_dir, arguments.policy,
-            arguments.thresholds or DEFAULT_GRID[arguments.policy], margin=arguments.margin, bar=arguments.bar,
+            task, model, tokenizer, arguments.output_dir, arguments.unmasking,
+            arguments.thresholds or DEFAULT_GRID[arguments.unmasking], margin=arguments.margin, bar=arguments.bar,
             **data,
         )  # fmt: skip
         if not PartialState().is_main_process:
@@ -85,11 +82,13 @@ def main():
         print(f"{to_table(points)}\n\nIn {arguments.output_dir}: results.json, and all answers.")
         if chosen is None:
             raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
-        name = number_of(arguments.policy)
+        name = number_of(arguments.unmasking)
         settings = {"threshold": None, "steps": None, name: chosen.decoding[name]}
-        model.generation_config.update(unmasking=arguments.policy, **settings)
+        model.generation_config.update(unmasking=arguments.unmasking, **settings)
         model.generation_config.save_pretrained(arguments.model)
-        print(f"{arguments.policy}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json.")
+        print(
+            f"{arguments.unmasking}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
+        )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,19 @@
+"""Names of models and datasets, as all packages take them: a folder of this machine, or "user/name" on the Hub."""
+
+import re
+from pathlib import Path
+
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+
+
+def is_hub_id(name) -> bool:
+    """Is it a Hub id, and no folder of this machine?"""
+    return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
+
+
+def check_folder_or_hub_id(name, value):
+    """Raises `ValueError` where an argument of this name is neither."""
+    if not Path(value).is_dir() and not is_hub_id(value):
+        raise ValueError(
+            f"`{name}={str(value)!r}` is not allowed: there is no such folder, and a Hub id is 'user/name'."
+        )

@@ -8,19 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .dataset_card import dataset_card
+    from .dataset_cards import dataset_card
     from .measurements import Measurement, here_and_now, load_measurements
     from .merge import merge_adapter
-    from .model_card import model_card
+    from .model_cards import model_card
     from .pushing import push_dataset, push_model
 
 _MODULES = {
     "Measurement": "measurements",
-    "dataset_card": "dataset_card",
+    "dataset_card": "dataset_cards",
     "here_and_now": "measurements",
     "load_measurements": "measurements",
     "merge_adapter": "merge",
-    "model_card": "model_card",
+    "model_card": "model_cards",
     "push_dataset": "pushing",
     "push_model": "pushing",
 }

@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
-from .model_card import TRAINING_FILE
+from .model_cards import TRAINING_FILE
 
 
 def merge_adapter(

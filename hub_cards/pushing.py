@@ -15,11 +15,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from .dataset_card import dataset_card
+from .dataset_cards import dataset_card
 from .hub_ids import HUB_ID, check_folder_or_hub_id, is_hub_id
 from .measurements import RESULTS_FILE, load_measurements
 from .merge import merge_adapter
-from .model_card import TRAINING_FILE, model_card, usage_snippet
+from .model_cards import TRAINING_FILE, model_card, usage_snippet
 from .upload import INSTALLED, files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
 
-from dparallel.hub_cards.model_card import model_card
+from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
@@ -390,7 +390,7 @@ class MaskedDiffusionTrainer(Trainer):
         dataset_tags=None, dataset=None, dataset_args=None,
     ):  # fmt: skip
         """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
-        (see `hub_cards.model_card`), after saving it there if that was not done. Arguments as in `Trainer`; the card
+        (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`; the card
         has no place for `tasks`, `dataset_tags` and `dataset_args`."""
         folder = Path(self.args.output_dir)
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 
 from dparallel.hub_cards.hub_ids import is_hub_id
 from dparallel.hub_cards.measurements import here_and_now
-from dparallel.hub_cards.model_card import TRAINING_FILE
+from dparallel.hub_cards.model_cards import TRAINING_FILE
 
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",

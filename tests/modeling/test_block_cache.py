@@ -2,10 +2,18 @@
 
 import pytest
 import torch
-from test_generation import EOS, MASK, POLICY_SETTINGS, ShiftedConfig, ShiftedModel, golden, padded_batch
 from transformers import Cache
 
 from tests.golden import load_cases
+from tests.modeling.test_generation import (
+    EOS,
+    MASK,
+    POLICY_SETTINGS,
+    ShiftedConfig,
+    ShiftedModel,
+    golden,
+    padded_batch,
+)
 
 LOOPS = {
     "entropy": "entropy_threshold",

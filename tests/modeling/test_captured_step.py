@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_block_cache import CACHES, name_of
-from test_generation import EOS, POLICY_SETTINGS, padded_batch
 
 from dparallel.modeling import captured_step, generation_diffusion
 from dparallel.modeling.captured_step import CapturedSteps, captured_steps
 from tests.families import FAMILIES
+from tests.modeling.test_block_cache import CACHES, name_of
+from tests.modeling.test_generation import EOS, POLICY_SETTINGS, padded_batch
 
 gpu = pytest.mark.gpu
 

@@ -5,11 +5,11 @@ import sys
 
 import pytest
 import torch
-from test_block_cache import CACHES, name_of
-from test_captured_step import assert_same, both, device, prompts  # noqa: F401
-from test_generation import EOS, padded_batch
 
 from dparallel.modeling import TokenStatistics, UnmaskingFilter, UnmaskingFilterConfig
+from tests.modeling.test_block_cache import CACHES, name_of
+from tests.modeling.test_captured_step import assert_same, both, device, prompts  # noqa: F401
+from tests.modeling.test_generation import EOS, padded_batch
 
 SETTINGS = {"max_new_tokens": 22, "block_length": 6, "unmasking": "learned_filter", "threshold": 0.5}
 

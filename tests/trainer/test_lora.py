@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 from peft import LoraConfig, LoraModel, get_peft_model
-from test_generation import ShiftedConfig, ShiftedModel
 
 from dparallel.trainer.lora import complete_lora_config
 from tests.families import FAMILIES
+from tests.modeling.test_generation import ShiftedConfig, ShiftedModel
 
 
 def adapted(model, target_modules, **changes):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from test_generation import ShiftedConfig, ShiftedModel
 from torch.nn import functional as F
 from transformers import TrainingArguments
 
@@ -23,6 +22,7 @@ from dparallel.trainer.masking import random_masks, response_mask
 from dparallel.trainer.tokenization import tokenize_example
 from tests.families import FAMILIES
 from tests.golden import CHECKPOINT
+from tests.modeling.test_generation import ShiftedConfig, ShiftedModel
 
 EOS, MASK = 0, 1
 

@@ -173,23 +173,28 @@ def layouts(layout, family, output_dir, tokenizer):
     return curves
 
 
+TASKS = {
+    "train": train,
+    "evaluate": evaluate,
+    "trajectories": trajectories,
+    "shard": shard,
+    "shard_adapter": shard_adapter,
+    "fsdp": partial(layouts, "fsdp"),
+    "ddp": partial(layouts, "ddp"),
+}
+
+
+def run_task(task, folder, tokenizer):
+    """What a task finds, by family."""
+    return {name: TASKS[task](family, str(Path(folder) / name), tokenizer) for name, family in FAMILIES.items()}
+
+
 if __name__ == "__main__":
-    task, output_dir = sys.argv[1:]
-    PartialState(cpu=True)
-    run = {
-        "train": train,
-        "evaluate": evaluate,
-        "trajectories": trajectories,
-        "shard": shard,
-        "shard_adapter": shard_adapter,
-        "fsdp": partial(layouts, "fsdp"),
-        "ddp": partial(layouts, "ddp"),
-    }[task]
-    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-    result = {name: run(family, str(Path(output_dir) / name), tokenizer) for name, family in FAMILIES.items()}
-    name = f"{task}-{os.environ.get('WORLD_SIZE', '1')}-{PartialState().process_index}.json"
-    (Path(output_dir) / name).write_text(json.dumps(result))
-    PartialState().wait_for_everyone()
+    folder, *tasks = sys.argv[1:]
+    state, tokenizer = PartialState(cpu=True), AutoTokenizer.from_pretrained(CHECKPOINT)
+    found = {task: run_task(task, folder, tokenizer) for task in tasks}
+    (Path(folder) / f"process-{state.process_index}.json").write_text(json.dumps(found))
+    state.wait_for_everyone()
     # Not through the interpreter's shutdown: threads of the process group that are still there now and then abort it
     # ("terminate called without an active exception"), when all results are written.
     os._exit(0)

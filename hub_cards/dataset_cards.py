@@ -7,7 +7,7 @@ from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
-from .model_card import TAGS, bibtex
+from .model_cards import TAGS, bibtex
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")
 DESCRIBED = {

@@ -182,7 +182,7 @@ def test_text_streamers_print_what_is_returned(reader, word_tokenizer, inputs, c
     answer = word_tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     end = "<|endoftext|>" if ids[0, -1] == word_tokenizer.pad_token_id else ""
     assert capsys.readouterr().out == answer + end + "\n"
-    streamer = TextIteratorStreamer(word_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(word_tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=300)
     thread = threading.Thread(target=reader.generate, kwargs={**inputs, "streamer": streamer})
     thread.start()
     pieces = [piece for piece in streamer if piece]

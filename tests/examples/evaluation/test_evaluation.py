@@ -84,7 +84,7 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
     result = call(GSM8K_SCRIPT, *arguments, tmp_path / "whole")
     assert result.returncode == 0, result.stderr
     process = start(GSM8K_SCRIPT, *arguments, tmp_path / "killed")
-    while len(list((tmp_path / "killed" / "answers").glob("shard-*.arrow"))) < 3:
+    while len(list((tmp_path / "killed" / "answers").glob("shard-*.arrow"))) < 1:
         assert process.poll() is None and time.sleep(0.02) is None
     process.kill()
     process.wait()

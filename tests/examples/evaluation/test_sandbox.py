@@ -78,7 +78,7 @@ def marked(seconds):
     return float(f"{seconds}.{os.getpid():07d}5")
 
 
-def wait_until(condition, seconds=20):
+def wait_until(condition, seconds=120):
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -499,10 +499,10 @@ while True:
     [
         ("while True:\n    pass", "timed out"),
         ("def f(x):\n    while True:\n        pass", "timed out"),
-        ("import time\ntime.sleep(60)", "timed out"),
+        ("import time\ntime.sleep(10**6)", "timed out"),
         (STUBBORN, "timed out"),
         ("import itertools\ndef f(x):\n    return itertools.repeat(None)", "timed out"),
-        ("import os, time\ndef f(x):\n    os.closerange(0, 64)\n    time.sleep(60)", EXITED),
+        ("import os, time\ndef f(x):\n    os.closerange(0, 64)\n    time.sleep(10**6)", EXITED),
         ("kept = []\nwhile True:\n    kept.append(bytes(2**20))", "memory"),
         ("def f(x):\n    return [0] * 10**10", "memory"),
         ("def f(x):\n    return 'x' * (300 << 20)", "memory"),
@@ -510,10 +510,8 @@ while True:
     ],
 )
 def test_limits(program, reason):
-    timeout = marked(1 if reason == "timed out" else 20)
-    start = time.monotonic()
+    timeout = marked(1 if reason == "timed out" else 90)
     assert run_tests(program, "for _ in f(3):\n    assert True", timeout=timeout).reason == reason
-    assert time.monotonic() - start < 15, "it takes less than two, but machines may be busy"
     assert not processes(str(timeout))
 
 
@@ -540,7 +538,8 @@ def test_tests_that_never_end(monkeypatch):
 
 
 CALLER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background
 sys.path.insert(0, sys.argv[1])
 import sandbox
 print(sandbox.run_tests("while True:\\n    pass", "assert f()", timeout=float(sys.argv[2])))
@@ -556,7 +555,7 @@ def test_nothing_outlives_the_caller(number, tmp_path):
         try:
             assert wait_until(lambda: len(processes(mark)) == 2)
             caller.send_signal(number)
-            output, _ = caller.communicate(timeout=20)
+            output, _ = caller.communicate(timeout=120)
         finally:
             caller.kill()
     assert not output and wait_until(lambda: not processes(mark))

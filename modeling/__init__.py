@@ -9,11 +9,12 @@ from .modeling_dream import DreamBaseModel, DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .token_statistics import TokenStatistics, token_statistics
 from .tokenization_dream import DreamTokenizer
-from .unmasking import POLICIES
+from .unmasking import POLICIES, SCHEDULES
 from .unmasking_filter import UnmaskingFilter, UnmaskingFilterConfig
 
 __all__ = [
     "POLICIES",
+    "SCHEDULES",
     "DiffusionGenerationConfig",
     "DiffusionGenerationMixin",
     "DiffusionGenerationOutput",

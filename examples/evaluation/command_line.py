@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.hub_cards.merge import decoding_of
-from dparallel.modeling import POLICIES  # and the model families are registered with AutoModelForCausalLM
+from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 
-from .evaluation import evaluate_task
+from .evaluation import DECODING_ARGUMENTS, evaluate_task
 from .tasks import TASKS, Task
 
 HEADER = "| task | model | decoding | NFE | TPF | accuracy % |\n" + "| --- " * 6 + "|"
@@ -117,6 +117,7 @@ def evaluate_from_command_line(task):
     decoding.add_argument("--unmasking", choices=sorted(POLICIES))
     decoding.add_argument("--threshold", type=float, help="of the policy")
     decoding.add_argument("--steps", type=int, help="of a scheduled policy")
+    decoding.add_argument("--schedule", choices=sorted(SCHEDULES), help="how a scheduled policy spreads its steps")
     decoding.add_argument("--block_length", type=int)
     decoding.add_argument("--block_cache", choices=["none", "prefix", "dual"])
     decoding.add_argument("--cache_refresh", choices=["full", "previous_block"])
@@ -127,7 +128,7 @@ def evaluate_from_command_line(task):
     decoding.add_argument("--eos_threshold", type=float)
     parser.add_argument("--output_dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
     arguments = parser.parse_args()
-    settings = _given(arguments, *{action.dest: action for action in decoding._group_actions})
+    settings = _given(arguments, *DECODING_ARGUMENTS)
 
     with plain_errors(ValueError, OSError):
         data = data_arguments(arguments, task)

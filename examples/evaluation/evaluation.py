@@ -15,6 +15,10 @@ from .metrics import DecodingEfficiency
 SAMPLES_FILE = "samples.jsonl"
 SECONDS_FILE = "seconds.json"
 WHERE_FILE = "where.json"
+DECODING_ARGUMENTS = (  # of generate(), as commands take them
+    "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
+    "cache_refresh_interval", "stop_at_eos", "eos_threshold",
+)  # fmt: skip
 
 
 def evaluate_task(

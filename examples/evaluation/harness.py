@@ -30,14 +30,10 @@ import dparallel.modeling  # noqa: F401  (registers the model families with Auto
 from dparallel.hub_cards.command_line import plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 
-from .evaluation import check_decoding
+from .evaluation import DECODING_ARGUMENTS, check_decoding
 from .metrics import DecodingEfficiency
 
 logger = logging.getLogger("lm_eval")  # its own, which writes to the terminal
-DECODING = (
-    "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
-    "cache_refresh_interval", "stop_at_eos", "eos_threshold",
-)  # fmt: skip
 LIKELIHOODS = (
     "{task!r} compares likelihoods, which a masked diffusion model does not have from left to right (its bound takes "
     "many passes over random masks): choose a task that generates."
@@ -58,7 +54,7 @@ class DiffusionLM(HFLM):
             raise ValueError("`pretrained=None` is not allowed: name a model, `--model_args pretrained=user/repo`.")
         if isinstance(pretrained, str):
             check_folder_or_hub_id("pretrained", pretrained)
-        self.decoding = {name: arguments.pop(name) for name in DECODING if name in arguments}
+        self.decoding = {name: arguments.pop(name) for name in DECODING_ARGUMENTS if name in arguments}
         self.efficiency, self._counts = {}, []
         super().__init__(pretrained, backend="causal", **arguments)
         check_decoding(self.model, self.decoding)

@@ -11,9 +11,8 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
-# Tests of one group share what takes long to make; `--durations` says which tests are slow.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15 $(TESTS)
+	$(BIN)/python -m pytest -n 2 --durations 15 $(TESTS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --durations 0 $(TESTS)

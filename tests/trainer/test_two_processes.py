@@ -15,7 +15,6 @@ from tests.scripts import run
 from tests.trainer import two_processes
 
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.xdist_group("two_processes")
 
 
 def launch(folder, *tasks):
@@ -28,24 +27,24 @@ def launch(folder, *tasks):
     return {task: {name: [each[task][name] for each in found] for name in FAMILIES} for task in tasks}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("two_processes")
+def test_two_processes_do_what_one_does(tmp_path, word_tokenizer, subtests):
+    # FSDP2 comes last: it makes accelerate take the processes for GPUs.
+    twos = launch(tmp_path, "train", "evaluate", "trajectories", "shard", "shard_adapter", "ddp", "fsdp")
+
+    def one(task):
+        """The same by one process: this one."""
+        return two_processes.run_task(task, tmp_path, word_tokenizer)
+
+    for check in (
+        training_gives_the_same_curve, evaluation_gives_the_same_metrics, trajectories_are_the_same,
+        a_sharded_model_gives_the_same_loss_gradients_and_tokens, a_sharded_model_with_an_adapter_decodes,
+        a_checkpoint_goes_on_under_another_layout,
+    ):  # fmt: skip
+        with subtests.test(check.__name__):
+            check(twos, one, tmp_path)
 
 
-@pytest.fixture(scope="module")
-def twos(folder):
-    """FSDP2 comes last: it makes accelerate take the processes for GPUs."""
-    return launch(folder, "train", "evaluate", "trajectories", "shard", "shard_adapter", "ddp", "fsdp")
-
-
-@pytest.fixture(scope="module")
-def one(folder, word_tokenizer):
-    """The same by one process: in this one."""
-    return lambda task: two_processes.run_task(task, folder, word_tokenizer)
-
-
-def test_training_gives_the_same_curve(twos, one):
+def training_gives_the_same_curve(twos, one, folder):
     for name, curves in one("train").items():
         found, other = twos["train"][name]
         assert found == other
@@ -55,14 +54,14 @@ def test_training_gives_the_same_curve(twos, one):
                 assert a == pytest.approx(b, rel=1e-4, abs=1e-5)
 
 
-def test_evaluation_gives_the_same_metrics(twos, one):
+def evaluation_gives_the_same_metrics(twos, one, folder):
     for name, metrics in one("evaluate").items():
         found, other = twos["evaluate"][name]
         assert metrics == pytest.approx(found, rel=1e-5) and found == other
         assert metrics["decoding_accuracy"] == pytest.approx(0.6)
 
 
-def test_trajectories_are_the_same(twos, one, folder):
+def trajectories_are_the_same(twos, one, folder):
     for name, (found, other) in twos["trajectories"].items():
         assert found == other and [row["prompt"] for row in found] == [f"Sam has {i} books. " for i in range(7)]
         for shard in list((folder / name / "trajectories").glob("*.arrow"))[1:]:
@@ -71,14 +70,14 @@ def test_trajectories_are_the_same(twos, one, folder):
         assert rows == twos["trajectories"][name][0]
 
 
-def test_a_sharded_model_gives_the_same_loss_gradients_and_tokens(twos):
+def a_sharded_model_gives_the_same_loss_gradients_and_tokens(twos, one, folder):
     """FSDP2: the positions are gathered inside `forward`, so that the head's weights are there when it is applied."""
     for result in itertools.chain(*twos["shard"].values()):
         assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-5)
         assert result["gradients"] < 1e-5 and result["same_tokens"] and result["bfloat16"] == 0
 
 
-def test_a_checkpoint_goes_on_under_another_layout(twos, one, folder):
+def a_checkpoint_goes_on_under_another_layout(twos, one, folder):
     """Saved under FSDP2, resumed under DDP and by one process, and the other way round: weights, moments, rate."""
     both, single = launch(folder, "ddp")["ddp"], one("ddp")
     for name, family in FAMILIES.items():
@@ -103,6 +102,6 @@ def check_layouts(family, folder, plain, sharded, both, one):
         torch.testing.assert_close(weight, weights[name], atol=1e-5, rtol=1e-4)
 
 
-def test_a_sharded_model_with_an_adapter_decodes(twos):
+def a_sharded_model_with_an_adapter_decodes(twos, one, folder):
     for whole, sharded in itertools.chain(*twos["shard_adapter"].values()):
         assert whole == pytest.approx(sharded) and whole["nfe"] > 1

@@ -77,9 +77,9 @@ def test_word_problems_from_the_shell(tmp_path):
 
 def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path):
     write_lines(
-        questions, [{**row, "question": f"{i + 2} birds. {row['question']}"} for i in range(5) for row in QUESTIONS]
+        questions, [{**row, "question": f"{i + 2} birds. {row['question']}"} for i in range(3) for row in QUESTIONS]
     )
-    arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 24, "--shard-size", 2,
+    arguments = ["--model", CHECKPOINT, "--data", questions, "--max-new-tokens", 16, "--shard-size", 2,
                  "--unmasking", "confidence", "--output-dir"]  # fmt: skip
     result = call(GSM8K_SCRIPT, *arguments, tmp_path / "whole")
     assert result.returncode == 0, result.stderr

@@ -4,7 +4,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
-from .generation_diffusion import DiffusionGenerationConfig, DiffusionGenerationMixin, DiffusionGenerationOutput
+from .generation_config_diffusion import DiffusionGenerationConfig
+from .generation_diffusion import DiffusionGenerationMixin, DiffusionGenerationOutput
 from .modeling_dream import DreamBaseModel, DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .token_statistics import TokenStatistics, token_statistics

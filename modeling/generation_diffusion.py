@@ -10,8 +10,9 @@ class attribute `logits_shift`, and a `forward` that takes `logits_to_keep`.
 import copy
 import itertools
 import math
-import numbers
 import os
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,55 +20,30 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria
-from transformers.generation import (
-    LogitsProcessorList,
-    StoppingCriteriaList,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .canvas import Canvas, Layout
-from .captured_step import PROMPT_BUCKET, captured_steps
+from .captured_step import PROMPT_BUCKET, captured_steps, outside_hooks
+from .generation_config_diffusion import (
+    DEFAULT_MAX_NEW_TOKENS,
+    DEFAULTS,
+    SAMPLING_FIELDS,
+    DiffusionGenerationConfig,
+    refuse_argument,
+    require,
+)
+from .logits_processing import check_processors, is_positionwise, process
 from .token_statistics import token_statistics
 from .unmasking import POLICIES, SCHEDULES
 from .unmasking_filter import SUBFOLDER, UnmaskingFilter
 
 logger = logging.get_logger(__name__)
 
-DEFAULTS = {
-    "block_length": 32,
-    "unmasking": "confidence_threshold",
-    "schedule": "even",
-    "eps": 1e-3,
-    "unmasking_temperature": 0.0,
-    "block_cache": "none",
-    "cache_refresh": "full",
-    "stop_at_eos": True,
-}
-DEFAULT_MAX_NEW_TOKENS = 256
 LEAVING_SHARE = 0.25  # ended rows leave the batch before a block once they are so many of it
-BLOCK_CACHES = ("none", "prefix", "dual")
-CACHE_REFRESHES = ("full", "previous_block")
-# Processors that look at the logits of a position and at nothing else: they take all positions at once.
-POSITIONWISE_PROCESSORS = (
-    SuppressTokensLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper,
-)  # fmt: skip
 STEP_FIELDS = ("unmasking", "unmasking_temperature", "do_sample")  # what a step depends on beside these:
-SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
-# Fields of GenerationConfig that only have a meaning when tokens come one after the other.
-AUTOREGRESSIVE_FIELDS = (
-    "num_beams num_beam_groups diversity_penalty early_stopping length_penalty constraints force_words_ids "
-    "penalty_alpha dola_layers low_memory prompt_lookup_num_tokens assistant_early_exit is_assistant use_mtp "
-    "speculation_type guidance_scale watermarking_config token_healing output_scores output_logits output_attentions "
-    "output_hidden_states cache_implementation cache_config max_cache_len prefill_chunk_size "
-    "encoder_repetition_penalty encoder_no_repeat_ngram_size decoder_start_token_id no_repeat_ngram_size min_length "
-    "forced_bos_token_id"
-).split()
 
 
 class Span(NamedTuple):
@@ -77,170 +53,6 @@ class Span(NamedTuple):
     before: int | None
     size: int
     seen: int
-
-
-def require(condition, name, value, allowed):
-    if not condition:
-        raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
-
-
-def _is_int(value, low):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= low
-
-
-def _sequence_biases(config):
-    """`sequence_bias` as pairs of token ids and a bias: transformers takes a dict or a list."""
-    biases = config.sequence_bias or []
-    return list(biases.items()) if isinstance(biases, dict) else biases
-
-
-def is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
-
-
-def select_positions(hidden_states, logits_to_keep):
-    """What a model applies its head to: of hidden states (B, T, D) those that `logits_to_keep` names: all (0), the
-    last n (n), the same positions of each row (L,), or others of each row (B, L)."""
-    if isinstance(logits_to_keep, int):
-        return hidden_states[:, -logits_to_keep:]
-    positions = logits_to_keep.to(hidden_states.device)
-    if positions.ndim == 1:
-        return hidden_states[:, positions]
-    return hidden_states.take_along_dim(positions[..., None], dim=1)
-
-
-class DiffusionGenerationConfig(GenerationConfig):
-    """`GenerationConfig` with the fields of diffusion decoding, saved in `generation_config.json`.
-
-    As everywhere in transformers, a field that is `None` here takes the value of the checkpoint's own configuration,
-    and the default where that has none.
-
-    Args:
-        block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter.
-        unmasking (`str`, defaults to `"confidence_threshold"`): the policy. Thresholded: `"confidence_threshold"`,
-            `"confidence_factor"`, `"entropy_threshold"`, `"entropy_bound"`, `"learned_filter"`; scheduled:
-            `"confidence"`, `"entropy"`, `"margin"`, `"random"`. See `unmasking.py`.
-        threshold (`float`): of a thresholded policy; defaults to 0.9 (a probability), 1.0 (a factor above 0), 0.5 and
-            0.1 (entropies in nats), 0.96 (a probability), in the order above. Naming another policy than the
-            checkpoint's without a threshold takes that policy's default, not the checkpoint's number.
-        steps (`int`, defaults to `max_new_tokens`): forward passes of a scheduled policy in all, split as evenly as
-            possible over the blocks, the first blocks getting more, at least one each.
-        schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps:
-            `"linear_time"` is Dream's, `"ancestral"` the same with each position's fate drawn.
-        eps (`float`, defaults to 1e-3): where the time of those two ends, in (0, 1).
-        unmasking_temperature (`float`, defaults to 0): above 0, a scheduled policy draws the positions in proportion
-            to softmax(certainty / unmasking_temperature) instead of taking the surest (Dream's `alg_temp`).
-        block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
-            `"prefix"` computes the block and what is behind it anew, `"dual"` the block alone; keys and values of the
-            rest are those of an earlier pass (Fast-dLLM, https://arxiv.org/abs/2505.22618).
-        cache_refresh (`str`, defaults to `"full"`): what the first pass of a block computes anew with a cache: the
-            whole canvas, or, with `"previous_block"`, the block just finished along with what the others do.
-        cache_refresh_interval (`int`, *optional*): with a cache, every how many passes of a block compute the whole
-            canvas, its first included; 1 is exact. None: the first alone.
-        stop_at_eos (`bool`, defaults to `True`): a row ends once an end-of-text (any of `eos_token_id`) stands with
-            nothing masked before it, and everything behind it becomes padding.
-        eos_threshold (`float`, *optional*): End-of-Text Prediction (Learn2PD, https://arxiv.org/abs/2509.25188): an
-            end-of-text in the block that is written, or predicted with at least this probability, is taken as the end
-            at once, and everything behind it leaves the computation. In [0, 1]; needs `stop_at_eos`.
-        mask_token_id (`int`, *optional*): `[MASK]`; defaults to that of the model's configuration.
-        kwargs: the standard fields. `max_new_tokens` defaults to 256.
-
-    Raises:
-        ValueError: naming the field, its value and what is allowed.
-    """
-
-    def __init__(self, **kwargs):
-        # A flag that transformers saves in the file and that makes it drop every field it does not know.
-        kwargs.pop("_from_model_config", None)
-        if kwargs.get("temperature") == 0 and not kwargs.get("do_sample"):
-            kwargs["temperature"] = None  # as the official Dream code saves it: another way to say greedy
-        self.block_length = kwargs.pop("block_length", None)
-        self.unmasking = kwargs.pop("unmasking", None)
-        self.threshold = kwargs.pop("threshold", None)
-        self.steps = kwargs.pop("steps", None)
-        self.schedule = kwargs.pop("schedule", None)
-        self.eps = kwargs.pop("eps", None)
-        self.unmasking_temperature = kwargs.pop("unmasking_temperature", None)
-        self.block_cache = kwargs.pop("block_cache", None)
-        self.cache_refresh = kwargs.pop("cache_refresh", None)
-        self.cache_refresh_interval = kwargs.pop("cache_refresh_interval", None)
-        self.stop_at_eos = kwargs.pop("stop_at_eos", None)
-        self.eos_threshold = kwargs.pop("eos_threshold", None)
-        self.mask_token_id = kwargs.pop("mask_token_id", None)
-        super().__init__(**kwargs)
-
-    @classmethod
-    def from_model_config(cls, model_config):
-        ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return cls(**{name: getattr(model_config, name, None) for name in ids})
-
-    @staticmethod
-    def _get_default_generation_params():
-        params = GenerationConfig._get_default_generation_params()
-        del params["max_length"]  # 20 tokens are no answer; see DEFAULT_MAX_NEW_TOKENS
-        return params
-
-    def to_diff_dict(self):
-        return {key: value for key, value in super().to_diff_dict().items() if value is not None}
-
-    def ignored(self) -> dict[str, str]:
-        """Settings of policies and caches that have no effect beside the others: name -> why."""
-        unmasking = self.unmasking or DEFAULTS["unmasking"]
-        is_scheduled, is_cached = POLICIES[unmasking].is_scheduled, self.block_cache not in (None, "none")
-        by_policy = f"`unmasking={unmasking!r}` goes by `{'steps' if is_scheduled else 'threshold'}`"
-        no_cache = "`block_cache='none'` keeps nothing"
-        table = (
-            ("threshold", is_scheduled and self.threshold is not None, by_policy),
-            ("steps", not is_scheduled and self.steps is not None, by_policy),
-            ("unmasking_temperature", not is_scheduled and bool(self.unmasking_temperature), by_policy),
-            ("schedule", not is_scheduled and self.schedule not in (None, "even"), by_policy),
-            ("cache_refresh", not is_cached and self.cache_refresh not in (None, "full"), no_cache),
-            ("cache_refresh_interval", not is_cached and self.cache_refresh_interval is not None, no_cache),
-        )
-        return {name: why for name, is_ignored, why in table if is_ignored}
-
-    def validate(self, *args, **kwargs):
-        super().validate(*args, **kwargs)
-        positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
-        for name, low in (
-            *((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0), ("min_new_tokens", 0),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
-        choices = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
-        flags = ("stop_at_eos", "do_sample", "return_dict_in_generate", "disable_compile")
-        choices |= {"cache_refresh": CACHE_REFRESHES} | dict.fromkeys(flags, (True, False))
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
-        for name in ("temperature", "unmasking_temperature", "max_time"):
-            value = getattr(self, name)
-            ok = value is None or (is_number(value) and 0.0 <= value < math.inf)
-            require(ok, name, value, "a finite number of at least 0")
-        for name in ("top_p", "eos_threshold", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"):
-            value = getattr(self, name)
-            ok = value is None or (is_number(value) and 0.0 <= value <= 1.0)
-            require(ok, name, value, "a number from 0 to 1")
-        value = self.repetition_penalty
-        ok = value is None or (is_number(value) and 0.0 < value < math.inf)
-        require(ok, "repetition_penalty", value, "a finite number above 0")
-        ok = self.eps is None or (is_number(self.eps) and 0.0 < self.eps < 1.0)
-        require(ok, "eps", self.eps, "a number between 0 and 1")
-        if self.threshold is not None:
-            # Without a policy, the checkpoint's decides, and this is looked at again when that is known.
-            policy = POLICIES[self.unmasking] if self.unmasking else None
-            ok = is_number(self.threshold) and (policy.allows(self.threshold) if policy else self.threshold >= 0)
-            allowed = f"{policy.range} for `unmasking={self.unmasking!r}`" if policy else "of at least 0"
-            require(ok, "threshold", self.threshold, f"a number {allowed}")
-        if self.cache_refresh_interval is not None and self.cache_refresh == "previous_block":
-            raise ValueError(
-                f"`cache_refresh_interval={self.cache_refresh_interval!r}` refreshes the whole canvas: it needs "
-                f"`cache_refresh='full'`, but that is 'previous_block'."
-            )
-        if self.eos_threshold is not None and self.stop_at_eos is False:
-            raise ValueError(f"`eos_threshold={self.eos_threshold!r}` needs `stop_at_eos=True`, but it is False.")
-        if self.do_sample and self.temperature == 0:
-            raise ValueError("`temperature=0` cannot be sampled: it must be above 0, or leave out `do_sample`.")
 
 
 @dataclass
@@ -357,54 +169,26 @@ class DiffusionGenerationMixin(GenerationMixin):
         return DiffusionGenerationConfig(**settings), {k: v for k, v in kwargs.items() if k not in fields}
 
     def _check_config(self, config, model_kwargs):
-        """Refuse what diffusion decoding cannot do."""
-        neutral = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1}
-        for name in AUTOREGRESSIVE_FIELDS:
-            value = getattr(config, name, None)
-            if value not in (None, False, neutral.get(name)):
-                raise ValueError(
-                    f"`{name}={value!r}` is for autoregressive decoding and has no meaning in diffusion decoding: "
-                    f"it must be left out (or {neutral.get(name)!r})."
-                )
-        sequences = [*(config.bad_words_ids or []), *(ids for ids, _ in _sequence_biases(config))]
-        if any(len(ids) > 1 for ids in sequences):
-            raise ValueError(
-                "`bad_words_ids` and `sequence_bias` are allowed for single tokens only: of a longer one, the tokens "
-                "before may still be undecided."
-            )
+        """Refuse what diffusion decoding cannot do, and arguments that it does not have."""
+        config.check(self.config.vocab_size)
         for name, value in model_kwargs.items():
             if name not in ("input_ids", "attention_mask") and value is not None:
-                raise ValueError(
-                    f"`{name}` is not an argument of `generate()` for diffusion models (a typo, or an argument for "
-                    f"autoregressive decoding): besides the fields of DiffusionGenerationConfig, `input_ids` and "
-                    f"`attention_mask` are allowed."
-                )
-        vocab_size = self.config.vocab_size
-        allowed = f"an id of the vocabulary, 0 to {vocab_size - 1}"
-        ids = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
-        for name, value in (("mask_token_id", config.mask_token_id), ("pad_token_id", config.pad_token_id)):
-            require(value is None or (_is_int(value, 0) and value < vocab_size), name, value, allowed)
-        require(config.mask_token_id is not None, "mask_token_id", None, f"set, to {allowed}")
-        for value in ids:
-            ok = value is None or (_is_int(value, 0) and value < vocab_size and value != config.mask_token_id)
-            wanted = f"{allowed}, other than `mask_token_id`, or a list of those"
-            require(ok, "eos_token_id", config.eos_token_id, wanted)
-        ok = config.pad_token_id != config.mask_token_id
-        require(ok, "pad_token_id", config.pad_token_id, "another id than `mask_token_id`")
-        for name in ("suppress_tokens", "begin_suppress_tokens", "forced_eos_token_id"):
-            value = getattr(config, name)
-            listed = value if isinstance(value, (list, tuple)) or value is None else [value]
-            ok = all(_is_int(each, 0) and each < vocab_size for each in listed or ())
-            require(ok, name, value, f"a list of ids of the vocabulary, 0 to {vocab_size - 1}")
-        ok = config.eos_threshold is None or config.eos_token_id not in (None, [], ())
-        require(ok, "eos_threshold", config.eos_threshold, "None where no `eos_token_id` is known")
+                refuse_argument(name)
 
     def _check_inputs(self, inputs, config, model_kwargs):
         """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
         input_ids, attention_mask = model_kwargs.get("input_ids"), model_kwargs.get("attention_mask")
-        if (inputs is None) == (input_ids is None):
-            raise ValueError("Exactly one of `inputs` and `input_ids` must be given: token ids of shape (B, P).")
+        if inputs is not None and input_ids is not None:
+            raise ValueError("`inputs` and `input_ids` are two names for the prompts: only one of them may be given.")
         input_ids = inputs if input_ids is None else input_ids
+        if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
+            raise ValueError(
+                f"`inputs` is a {type(input_ids).__name__}, as tokenizers return it: it must be unpacked, "
+                f"`generate(**inputs)`."
+            )
+        if input_ids is None:  # as everywhere in transformers, and in the pipeline for an empty text
+            require(config.bos_token_id is not None, "input_ids", None, "given where no `bos_token_id` is known")
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
         is_tensor = isinstance(input_ids, torch.Tensor)
         if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
             got = f"{input_ids.dtype} of {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__
@@ -438,6 +222,17 @@ class DiffusionGenerationMixin(GenerationMixin):
         if self.logits_shift and (input_ids.shape[1] == 0 or not last_column.all()):
             raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
         return input_ids, attention_mask
+
+    def _check_adapter(self):
+        """Refuse adapters that put learned tokens before the text: peft hands them to
+        `prepare_inputs_for_generation`, which decoding token by token calls."""
+        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
+        adapter = getattr(adapted, "active_peft_config", None)
+        if adapter is not None and adapter.is_prompt_learning:
+            raise ValueError(
+                f"The adapter is of type {adapter.peft_type.value}: `generate()` does not support a learned prompt, only "
+                f"adapters that change weights, such as LoRA."
+            )
 
     @staticmethod
     def _check_objects(logits_processor, stopping_criteria, streamer, generator):
@@ -537,6 +332,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         """
         config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
         self._check_config(config, model_kwargs)
+        self._check_adapter()
         input_ids, attention_mask = self._check_inputs(inputs, config, model_kwargs)
         self._set_length(config, input_ids.shape[1])
         policy = POLICIES[config.unmasking]
@@ -551,6 +347,7 @@ class DiffusionGenerationMixin(GenerationMixin):
             synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
         synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
         self._check_objects(logits_processor, stopping_criteria, streamer, generator)
+        check_processors(logits_processor, config.block_length)
         unmasking_filter = self._check_filter(unmasking_filter, config, input_ids.device)
 
         self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
@@ -584,7 +381,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         )  # fmt: skip
         canvas = Canvas(layout) if steps is None else steps.borrow(layout)
         canvas.load(input_ids, attention_mask)
-        with torch.cuda.device(input_ids.get_device()):  # nothing on a CPU
+        with torch.cuda.device(input_ids.device) if input_ids.is_cuda else nullcontext():
             canvas = self._decode(
                 canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator,
                 unmasking_filter,
@@ -627,7 +424,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
         finished, reach, streamed = [0] * canvas.layout.batch_size, canvas.length, 0
         # What a user gave may count on the rows that it was given with.
-        rows_may_leave = not criteria and all(type(each) in POSITIONWISE_PROCESSORS for each in processors)
+        rows_may_leave = not criteria and is_positionwise(processors) and not any(outside_hooks(self))
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         fixed = (  # what steps depend on, beside the span and the block's length
             *(tensor.data_ptr() for tensor in tensors),
@@ -754,16 +551,13 @@ class DiffusionGenerationMixin(GenerationMixin):
             raise ValueError(
                 f"`block_cache` needs a model that keeps `past_key_values`: {type(self).__name__} does not."
             )
-        if not processors:
-            return logits
-        if all(type(processor) in POSITIONWISE_PROCESSORS for processor in processors):
-            return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
+        if is_positionwise(processors):
+            return process(processors, logits, None, 0)
         ids, first = canvas.ids, canvas.prompt_length + int(canvas.block_start)
         if canvas.position_ids is not None:
             # Padding is no text: show what is no text either, and whose logit does not count.
             ids = ids.masked_fill(canvas.attention_mask == 0, canvas.layout.mask_token_id)
-        columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
-        return torch.stack(columns, dim=1)
+        return process(processors, logits, ids, first)
 
     def _finish_by_criteria(self, canvas, block, criteria):
         """End the rows for which a criterion holds, at the first length inside the complete block at which it does."""
@@ -780,6 +574,13 @@ class DiffusionGenerationMixin(GenerationMixin):
         if pad is not None:
             behind = canvas.offsets[: canvas.length] >= canvas.end[:, None]
             canvas.answer.copy_(torch.where(behind, pad, canvas.answer))
+        is_broken = canvas.unmasking_confidence.isnan().any(dim=1)
+        if is_broken.any():
+            logger.warning(
+                f"The logits of the rows {is_broken.nonzero().flatten().tolist()} were not numbers (NaN), so their "
+                f"answers mean nothing: the weights may be broken, or float16 too small for this model; load it with "
+                f"dtype=torch.bfloat16 or torch.float32."
+            )
         sequences = canvas.ids[:, canvas.padding :].clone()
         if not config.return_dict_in_generate:
             return sequences

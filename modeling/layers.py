@@ -123,10 +123,10 @@ def attend(module, query, key, value, attention_mask, scaling, **kwargs):
     masks = () if attention_mask is None else (attention_mask,)
     if (
         implementation == "sdpa"
+        and suit_kernels(query, key, value, *masks)  # first: where it is not so, a compiler need not know the lengths
         and query.shape[2] <= MAX_QUERIES
         and query.shape[3] in HEAD_DIMS
         and query.dtype.itemsize == 2
-        and suit_kernels(query, key, value, *masks)
         and all(mask.shape[1] == 1 and mask.stride(2) == 0 for mask in masks)
     ):
         return fused_attention(query, key, value, attention_mask, scaling), None
@@ -160,3 +160,14 @@ def silu_product(gate, up):
     if suit_kernels(gate, up):
         return fused_silu_product(gate, up)
     return nn.functional.silu(gate) * up
+
+
+def select_positions(hidden_states, logits_to_keep):
+    """What a model applies its head to: of hidden states (B, T, D) those that `logits_to_keep` names: all (0), the
+    last n (n), the same positions of each row (L,), or others of each row (B, L)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    positions = logits_to_keep.to(hidden_states.device)
+    if positions.ndim == 1:
+        return hidden_states[:, positions]
+    return hidden_states.take_along_dim(positions[..., None], dim=1)

@@ -23,13 +23,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dream import DreamConfig
-from .generation_diffusion import (
-    DiffusionGenerationMixin,
-    DiffusionGenerationOutput,
-    is_number,
-    require,
-    select_positions,
-)
+from .generation_config_diffusion import is_number, require
+from .generation_diffusion import DiffusionGenerationMixin, DiffusionGenerationOutput
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
@@ -37,6 +32,7 @@ from .layers import (
     attention,
     bidirectional_mask,
     prepare_attention,
+    select_positions,
     silu_product,
 )
 from .packed_projections import project

@@ -12,7 +12,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_llada import LLaDAConfig
-from .generation_diffusion import DiffusionGenerationMixin, select_positions
+from .generation_diffusion import DiffusionGenerationMixin
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
@@ -20,6 +20,7 @@ from .layers import (
     attention,
     bidirectional_mask,
     prepare_attention,
+    select_positions,
     silu_product,
 )
 from .packed_projections import project

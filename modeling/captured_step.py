@@ -52,7 +52,6 @@ def _can_capture(model) -> bool:
         and getattr(model, "hf_quantizer", None) is None
         and not torch.is_autocast_enabled("cuda")
         and not any(map(_is_changeable, model.modules()))
-        and not any(outside_hooks(model))
     )
 
 
@@ -64,20 +63,13 @@ def _origin(model):
     return *addresses, *settings, torch.is_inference_mode_enabled()
 
 
-def outside_hooks(model: nn.Module):
-    """The forward hooks of a model's modules that somebody set: what they do may change from pass to pass, and depend
-    on the rows of the batch (as peft's do, where each row has an adapter of its own)."""
-    for module in model.modules():
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # transformers leaves its own behind, which are idle unless hidden states are asked for.
-            if getattr(hook, "__module__", None) != "transformers.utils.output_capturing":
-                yield hook
-
-
 def _is_changeable(module: nn.Module) -> bool:
     """Does calling it do more than its class says?"""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     return bool(
-        "forward" in module.__dict__  # accelerate's hooks
+        # transformers leaves its own behind, which are idle unless hidden states are asked for.
+        any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks)
+        or "forward" in module.__dict__  # accelerate's hooks
         or module._compiled_call_impl is not None
         or type(module).__module__.startswith("peft.")
     )

@@ -1,8 +1,11 @@
 """Configuration of the LLaDA family (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5 and models distilled from them).
 
 The fields bear the names of the official `config.json`, so that official files load unchanged and files written here
-are read by the official code and by serving engines. transformers' own names (`hidden_size`, ...) are aliases.
+are read by the official code and by serving engines. transformers' own names (`hidden_size`, ...) are aliases, also in
+`to_dict()`, where peft and others look for them; files hold the official names alone.
 """
+
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -63,6 +66,16 @@ class LLaDAConfig(PreTrainedConfig):
 
     model_type = "llada"
     keys_to_ignore_at_inference = ["past_key_values"]
+    # By the names of modules below `LLaDAModel`: each device has a part of the heads and of the MLP's inner width.
+    base_model_tp_plan = {
+        "transformer.blocks.*.q_proj": "colwise",
+        "transformer.blocks.*.k_proj": "colwise",
+        "transformer.blocks.*.v_proj": "colwise",
+        "transformer.blocks.*.attn_out": "rowwise",
+        "transformer.blocks.*.ff_proj": "colwise",
+        "transformer.blocks.*.up_proj": "colwise",
+        "transformer.blocks.*.ff_out": "rowwise",
+    }
     attribute_map = {
         "hidden_size": "d_model",
         "num_hidden_layers": "n_layers",
@@ -127,6 +140,13 @@ class LLaDAConfig(PreTrainedConfig):
                 "AutoModelForCausalLM": "modeling_llada.LLaDAModelLM",
             }
         super().__post_init__(**kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), **{alias: getattr(self, alias) for alias in self.attribute_map}}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What files hold."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
 
 
 LLaDAConfig.register_for_auto_class()

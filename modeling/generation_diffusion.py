@@ -26,7 +26,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .canvas import Canvas, Layout
-from .captured_step import PROMPT_BUCKET, captured_steps, outside_hooks
+from .captured_step import PROMPT_BUCKET, captured_steps
 from .generation_config_diffusion import (
     DEFAULT_MAX_NEW_TOKENS,
     DEFAULTS,
@@ -224,15 +224,22 @@ class DiffusionGenerationMixin(GenerationMixin):
         return input_ids, attention_mask
 
     def _check_adapter(self):
-        """Refuse adapters that put learned tokens before the text: peft hands them to
-        `prepare_inputs_for_generation`, which decoding token by token calls."""
+        """Refuse adapters that count on tokens coming one after the other: a learned prompt, which peft hands to
+        `prepare_inputs_for_generation`, and aLoRA, which counts positions from the end of the text."""
         adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
         adapter = getattr(adapted, "active_peft_config", None)
-        if adapter is not None and adapter.is_prompt_learning:
+        has_prompt = adapter is not None and adapter.is_prompt_learning
+        if has_prompt or "alora_offsets" in self._arguments_of_peft():
+            kind = adapter.peft_type.value if has_prompt else "aLoRA"
             raise ValueError(
-                f"The adapter is of type {adapter.peft_type.value}: `generate()` does not support a learned prompt, only "
-                f"adapters that change weights, such as LoRA."
+                f"The adapter is of the kind {kind}, which `generate()` does not support: it must be one that changes "
+                f"weights in all positions, such as LoRA."
             )
+
+    def _arguments_of_peft(self) -> set[str]:
+        """What peft gives to each of its layers during this call, by hooks: `adapter_names`, for example."""
+        hooks = (hook for module in self.modules() for hook in module._forward_pre_hooks.values())
+        return {name for hook in hooks if isinstance(hook, partial) for name in hook.keywords}
 
     @staticmethod
     def _check_objects(logits_processor, stopping_criteria, streamer, generator):
@@ -299,13 +306,14 @@ class DiffusionGenerationMixin(GenerationMixin):
         something is drawn.
 
         Args:
-            inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`.
+            inputs (`torch.LongTensor` of shape `(B, P)`): prompts, padded on the left; also as `input_ids=`. Without
+                them, the answer follows `bos_token_id`.
             generation_config (`GenerationConfig`, *optional*): fields that are set take precedence over the
                 checkpoint's; arguments take precedence over both.
             logits_processor (`LogitsProcessorList`, *optional*): called for each position of the block with the ids to
                 its left (B, P + i), `[MASK]` where they are undecided or padding, and its logits (B, V). Certainty is
-                measured on what they return. Standard ones that need the tokens before to be decided (n-grams) are
-                refused.
+                measured on what they return. Standard ones that need the tokens before to be decided (prefix
+                constraints, n-grams) are refused unless `block_length` is 1.
             stopping_criteria (`StoppingCriteriaList`, *optional*): called when a block is complete, for every length
                 inside it, so that a row is cut where decoding token by token would have cut it. `max_time` is
                 looked at after every pass; a row that it ends keeps its text up to the first undecided position.
@@ -423,8 +431,9 @@ class DiffusionGenerationMixin(GenerationMixin):
         clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
         criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
         finished, reach, streamed = [0] * canvas.layout.batch_size, canvas.length, 0
-        # What a user gave may count on the rows that it was given with.
-        rows_may_leave = not criteria and is_positionwise(processors) and not any(outside_hooks(self))
+        # What a user gave may count on the rows that it was given with, as adapters do of which each row has its own.
+        has_own_adapters = "adapter_names" in self._arguments_of_peft()
+        rows_may_leave = not criteria and is_positionwise(processors) and not has_own_adapters
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         fixed = (  # what steps depend on, beside the span and the block's length
             *(tensor.data_ptr() for tensor in tensors),

@@ -13,7 +13,6 @@ from transformers.generation import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
-    LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -48,12 +47,7 @@ def check_processors(processors, block_length: int):
     Raises:
         ValueError: naming the processor.
     """
-    if block_length == 1:
-        return
-    for processor in processors or ():
-        if isinstance(processor, LogitsProcessorList):
-            check_processors(processor, block_length)
-            continue
+    for processor in () if block_length == 1 else processors or ():
         kind = next((kind for kind in type(processor).__mro__ if kind.__module__.startswith("transformers.")), None)
         if kind in (None, LogitsProcessor):
             continue

@@ -168,6 +168,7 @@ class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
     """Dream with its head and parallel `generate()`. The logits at position i - 1 predict the token at position i."""
 
     logits_shift = 1
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DreamConfig):

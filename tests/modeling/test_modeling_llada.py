@@ -1,5 +1,7 @@
 """LLaDA's own: its configuration, and hidden states of the published code."""
 
+import json
+
 import pytest
 import torch
 
@@ -58,3 +60,17 @@ def test_what_no_llada_has_is_refused(wrong):
     name, value = next(iter(wrong.items()))
     with pytest.raises(ValueError, match=f"`{name}={value!r}`".replace("[", r"\[").replace("{", r"\{")):
         LLaDAConfig(**(TINY | wrong))
+
+
+def test_the_configuration_is_known_by_transformers_names(tmp_path):
+    """In `to_dict()`, where peft looks for them; files hold the official keys alone."""
+    config = FAMILIES["llada"].config(d_model=32, n_heads=4, n_layers=2, mlp_hidden_size=64, weight_tying=True)
+    found = config.to_dict()
+    assert {name: found[name] for name in ("hidden_size", "num_attention_heads", "tie_word_embeddings")} == {
+        "hidden_size": 32, "num_attention_heads": 4, "tie_word_embeddings": True,
+    }  # fmt: skip
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert not set(config.attribute_map) & set(saved) and saved["weight_tying"] is True
+    assert type(config).from_pretrained(tmp_path).to_dict() | {"_name_or_path": ""} == found | {"_name_or_path": ""}
+    assert type(config)(**found).to_diff_dict() == config.to_diff_dict()

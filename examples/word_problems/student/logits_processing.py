@@ -1,0 +1,1 @@
+../../../modeling/logits_processing.py

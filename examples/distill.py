@@ -22,11 +22,12 @@ from generate_trajectories import (
     init_kwargs,
     load_judge,
     load_rows,
+    parse_arguments,
     teacher_trajectories,
 )
 from transformers import AutoTokenizer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from dparallel.hub_cards import merge_adapter
 from dparallel.hub_cards.command_line import plain_errors
@@ -84,8 +85,7 @@ def right_answers(arguments, rows):
 
 
 def main():
-    parser = TrlParser((DistillArguments, CertaintyForcingConfig, ModelConfig))
-    arguments, config, model_arguments = parser.parse_args_and_config()
+    arguments, config, model_arguments = parse_arguments(DistillArguments, CertaintyForcingConfig, ModelConfig)
     PartialState(cpu=not torch.cuda.is_available())
     with plain_errors(ValueError, OSError):
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)

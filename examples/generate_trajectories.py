@@ -16,6 +16,7 @@ from accelerate import PartialState
 from datasets import load_dataset, load_from_disk
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_quantization_config
+from yaml import YAMLError
 
 from dparallel.evaluation.command_line import load_from_file
 from dparallel.hub_cards.command_line import plain_errors
@@ -52,6 +53,12 @@ class TrajectoryArguments(PromptArguments):
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers in tokens."})
     batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
+
+
+def parse_arguments(*kinds):
+    """One instance of each of these dataclasses, from flags and from the file that `--config` names."""
+    with plain_errors(ValueError, OSError, YAMLError):
+        return TrlParser(kinds).parse_args_and_config()
 
 
 def load_rows(arguments):
@@ -123,7 +130,7 @@ def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size,
 
 
 def main():
-    arguments, model_arguments = TrlParser((TrajectoryArguments, ModelConfig)).parse_args_and_config()
+    arguments, model_arguments = parse_arguments(TrajectoryArguments, ModelConfig)
     # Processes wait for the one that decodes longest.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     with plain_errors(ValueError, OSError):

@@ -3,15 +3,20 @@
     hf auth login
     python examples/push_to_hub.py examples/word_problems/student user/my-model
 
-`python -m dparallel.hub_cards.push_model --help` has what more one can want.
+`python -m dparallel.hub_cards.push_model --help` lists what else can be set, a dry run among it.
 """
 
-import sys
-
 from dparallel.hub_cards import push_model
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.hub_cards.push_command import run_push
 
+
+def main():
+    parser = CommandParser(__doc__)
+    parser.add_argument("model", help="folder or Hub id of a model or of an adapter")
+    parser.add_argument("repo_id", help="where it goes: user/name")
+    run_push(push_model, vars(parser.parse_args()))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    run_push(push_model, dict(zip(("model", "repo_id"), sys.argv[1:], strict=True)))
+    main()

@@ -1,6 +1,6 @@
 """Solve word problems with a diffusion language model and with its distilled student: one live, then a table.
 
-python examples/quickstart.py                        # the models in the box, on the CPU in under two minutes
+python examples/quickstart.py                        # the two models of this repository: two minutes on a CPU
 python examples/quickstart.py --problems 5000        # all held-out problems: use a GPU
 python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
 """
@@ -24,7 +24,8 @@ from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
 from solving import ANSWER_LENGTH, evaluate
 
 from dparallel.hub_cards import here_and_now
-from dparallel.hub_cards.command_line import CommandParser
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.modeling import POLICIES  # registers the models too: official repositories' own code is older
 
 BOX = Path(__file__).parent / "word_problems"
@@ -113,7 +114,7 @@ def table_row(model_name, result):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", help="Hub id or folder; default: teacher and student in the box")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of that model")
     parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
@@ -127,11 +128,15 @@ def main():
     batch_size = arguments.batch_size or (4 if arguments.device == "cpu" else 256)
     paths = {"model": arguments.model} if arguments.model else MODELS
     trusted = {"trust_remote_code": arguments.trust_remote_code or not arguments.model}  # the box has our own
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(paths.values())), **trusted, padding_side="left")
-    models = {
-        name: AutoModelForCausalLM.from_pretrained(path, **trusted, dtype=arguments.dtype).to(arguments.device).eval()
-        for name, path in paths.items()
-    }
+    with plain_errors(ValueError, OSError):
+        for path in paths.values():
+            check_folder_or_hub_id("model", path)
+        tokenizer = AutoTokenizer.from_pretrained(next(iter(paths.values())), **trusted, padding_side="left")
+        models = {
+            name: AutoModelForCausalLM.from_pretrained(path, **trusted, dtype=arguments.dtype)
+            for name, path in paths.items()
+        }
+    models = {name: model.to(arguments.device).eval() for name, model in models.items()}
     problems = list(islice(generate_problems("test", NUM_TEST_PROBLEMS, TEST_SEED), arguments.problems))
 
     print(f"Question: {problems[0].question}")

@@ -1,11 +1,14 @@
 """Show how answers come about: a page that plays the decoding pass by pass, and a picture for a README.
 
-python examples/visualize.py    # the models in the box, one token a step, by a threshold, and distilled
-python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \
-    --decoding unmasking=confidence_threshold,threshold=0.9 --decoding '{"unmasking": "margin", "steps": 64}'
+    python examples/visualize.py    # the two models of this repository: one token a pass, by a threshold, distilled
+    python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \\
+        --decoding unmasking=confidence_threshold,threshold=0.9 --decoding '{"unmasking": "margin", "steps": 64}'
+
+The picture needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -192,7 +195,7 @@ def decode(model, tokenizer, prompt, decoding):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--model", action="append", help="Hub id or folder, any number of times; default: the box")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of these models")
     parser.add_argument(
@@ -202,7 +205,7 @@ def main():
     parser.add_argument("--prompt", help="default: a held-out word problem")
     parser.add_argument("--max_new_tokens", type=int, help="default: the model's own")
     parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
-    parser.add_argument("--picture", type=Path, help="the picture, beside the page by default; needs matplotlib")
+    parser.add_argument("--picture", type=Path, help="the picture (with matplotlib); default: beside the page")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
     arguments = parser.parse_args()
@@ -248,10 +251,10 @@ def main():
             column = traces[-1]
             print(f"{name}, {column['decoding']}: {column['length']} tokens in {column['passes']} forward passes")
     arguments.output.write_text(to_html(traces, arguments.prompt), encoding="utf-8")
-    try:
-        to_picture(traces, arguments.picture)
-    except ImportError as error:
-        sys.exit(f"see {arguments.output}; the picture needs another package: {error}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print(f"see {arguments.output}; there is no picture, as matplotlib is not installed")
+        return
+    to_picture(traces, arguments.picture)
     print(f"see {arguments.output} and {arguments.picture}")
 
 

@@ -11,7 +11,18 @@ from contextlib import contextmanager
 
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose flags are declared with underscores, and are accepted with dashes as well, as those of
-    transformers' `HfArgumentParser` are: `--max_new_tokens 64` or `--max-new-tokens 64`."""
+    transformers' `HfArgumentParser` are: `--max_new_tokens 64` or `--max-new-tokens 64`.
+
+    Args:
+        documentation (`str`): the docstring of the command's module. The first paragraph says what the command does;
+            the rest, with its examples, stands at the end of `--help`.
+        settings: of `ArgumentParser`.
+    """
+
+    def __init__(self, documentation: str, **settings):
+        description, _, rest = documentation.strip().partition("\n\n")
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, epilog=rest, formatter_class=formatter, **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args

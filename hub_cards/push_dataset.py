@@ -9,8 +9,7 @@ from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 
 def main():
-    program, about = "python -m dparallel.hub_cards.push_dataset", __doc__.splitlines()[0]
-    parser = CommandParser(prog=program, description=about)
+    parser = CommandParser(__doc__, prog="python -m dparallel.hub_cards.push_dataset")
     parser.add_argument("dataset", help="folder of save_to_disk(), or of examples/generate_trajectories.py")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--model", help="Hub id of the teacher")

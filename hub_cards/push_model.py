@@ -12,7 +12,7 @@ from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 
 def main():
-    parser = CommandParser(prog="python -m dparallel.hub_cards.push_model", description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__, prog="python -m dparallel.hub_cards.push_model")
     parser.add_argument("model", help="folder or Hub id of a model or of an adapter")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--no_merge", action="store_true", help="push an adapter as it is")

@@ -145,7 +145,7 @@ def load(shape, device):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 4 8 32; box: 1 8")
     parser.add_argument("--prompt_lengths", type=int, nargs="+", help="default: 128 1024 3072; box: 64")

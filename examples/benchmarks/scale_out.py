@@ -303,7 +303,7 @@ def merged_weights(folder, trains):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="default: all GPUs")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)

@@ -197,7 +197,7 @@ def any_tokenizer(config):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
     parser.add_argument("--micro_batches", type=int, nargs="+", help="default: 1 2 4 8; box: 2")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")

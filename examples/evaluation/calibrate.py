@@ -51,7 +51,7 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
 
 
 def main():
-    parser = CommandParser(prog="python -m dparallel.evaluation.calibrate", description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.calibrate")
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
     add_model_arguments(parser)
     add_data_arguments(parser)

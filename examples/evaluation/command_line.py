@@ -106,11 +106,10 @@ def table_row(measurement, model) -> str:
 
 
 def evaluate_from_command_line(task):
-    """All that a benchmark's script does.
-
-    accelerate launch examples/gsm8k/evaluate_gsm8k.py --model user/repo --unmasking entropy_threshold --threshold 0.5
-    """
-    parser = CommandParser(description=f"Accuracy and forward passes of a model on {task.name}.")
+    """All that a benchmark's script does, whose docstring is the text of `--help`."""
+    parser = CommandParser(
+        sys.modules["__main__"].__doc__ or f"Accuracy and forward passes of a model on {task.name}."
+    )
     add_model_arguments(parser)
     add_data_arguments(parser)
     decoding = parser.add_argument_group("decoding", "what is not given is as the checkpoint has it")

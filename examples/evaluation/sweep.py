@@ -167,7 +167,7 @@ def plot(lines, path, title, bar=None):
 
 
 def main():
-    parser = CommandParser(prog="python -m dparallel.evaluation.sweep", description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.sweep")
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
     add_model_arguments(parser)
     add_data_arguments(parser)

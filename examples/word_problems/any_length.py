@@ -65,7 +65,7 @@ def train(trainer_class, config_class, source, rows, tokenizer, target, batch_si
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"))
     parser.add_argument("--problems", type=int, default=50_000, help="to train with, for each of the models")
     parser.add_argument("--max_steps", type=int, nargs=2, default=[800, 500], help="of the teacher, of the student")

@@ -37,7 +37,7 @@ CACHES = {
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)
     parser.add_argument("--batch_size", type=int, help="default: 512 on a GPU, 8 on a CPU")
     parser.add_argument("--output", type=Path, default=Path("caches.json"))

@@ -251,7 +251,7 @@ def report(results, folder):
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/distillation"))
     parser.add_argument("--num_prompts", type=int, default=40_000, help="training problems per round")
     parser.add_argument("--max_steps", type=int, default=600)

@@ -186,7 +186,7 @@ class Study:
 
 
 def main():
-    parser = CommandParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(__doc__)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/learned_filter"))
     parser.add_argument("--models", type=Path, help="folder with `teacher` and `student`; default: those in the box")
     parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")

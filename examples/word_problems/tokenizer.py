@@ -59,7 +59,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def main() -> None:
-    parser = CommandParser(description="Build the tokenizer of the word problems and save it.")
+    parser = CommandParser(__doc__)
     parser.add_argument("--output", required=True, help="folder to save the tokenizer in")
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()

@@ -1,5 +1,6 @@
 """The example scripts as a user runs them."""
 
+import ast
 import json
 import math
 import os
@@ -79,6 +80,52 @@ def test_interval_is_wilsons():
     for p in (low, high):  # the ends are where the normal test just holds
         assert abs(0.93 - p) == pytest.approx(1.96 * math.sqrt(p * (1 - p) / 100))
     assert low < result.accuracy < high
+
+
+COMMANDS = [
+    *(
+        str(path.relative_to(EXAMPLES))
+        for path in sorted(EXAMPLES.rglob("*.py"))
+        if "__main__" in path.read_text() and path.parent.name != "evaluation"
+    ),
+    *(f"dparallel.evaluation.{name}" for name in ("sweep", "calibrate")),
+    *(f"dparallel.hub_cards.{name}" for name in ("push_model", "push_dataset")),
+]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_whole(name):
+    """What the command does, not cut off, and an example of it."""
+    result = call(name, "--help")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())
+    folder = EXAMPLES.parent / "hub_cards" if "hub_cards" in name else EXAMPLES / "evaluation"
+    path = EXAMPLES / name if name.endswith(".py") else folder / f"{name.rpartition('.')[2]}.py"
+    documentation = ast.get_docstring(ast.parse(path.read_text()))
+    uses_trl = "TrlParser" in path.read_text() or "HfArgumentParser" in path.read_text() or name == "distill.py"
+    if not uses_trl:  # those list the fields of their dataclasses
+        assert " ".join(documentation.partition("\n\n")[0].split()) in words
+        assert path.name in words or name in words.replace("python -m ", "")
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "message"),
+    [
+        ("quickstart.py", ["--model", "nope"], "ValueError: `model='nope'` is not allowed: there is no such folder"),
+        ("visualize.py", ["--model", "nope"], "ValueError: `model='nope'` is not allowed: there is no such folder"),
+        ("distill.py", ["--config", "nope.yaml"], "FileNotFoundError: "),
+        ("distill.py", ["--config", "broken.yaml"], "ScannerError: "),
+        ("generate_trajectories.py", ["--config", "nope.yaml"], "FileNotFoundError: "),
+        (
+            "distill.py", ["--dataset_name", "a", "--output_dir", "b", "--teacher_generation_kwargs", "{1}"],
+            "ValueError: `teacher_generation_kwargs='{1}'` is not allowed: it must be JSON",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_in_a_line(name, flags, message, tmp_path):
+    (tmp_path / "broken.yaml").write_text("a: [\n\tb")
+    result = call(name, *flags, cwd=tmp_path)
+    assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
 # --- distillation ----------------------------------------------------------------------------------------------------

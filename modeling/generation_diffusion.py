@@ -178,17 +178,21 @@ class DiffusionGenerationMixin(GenerationMixin):
     def _check_inputs(self, inputs, config, model_kwargs):
         """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
         input_ids, attention_mask = model_kwargs.get("input_ids"), model_kwargs.get("attention_mask")
-        if inputs is not None and input_ids is not None:
-            raise ValueError("`inputs` and `input_ids` are two names for the prompts: only one of them may be given.")
+        # Without a prompt the answer follows the beginning of text, as everywhere in transformers.
+        is_empty = inputs is None and input_ids is None and config.bos_token_id is not None
+        if not is_empty and (inputs is None) == (input_ids is None):
+            raise ValueError(
+                "Exactly one of `inputs` and `input_ids` must be given, token ids of shape (B, P); or neither, where a "
+                "`bos_token_id` is known."
+            )
         input_ids = inputs if input_ids is None else input_ids
+        if is_empty:
+            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
         if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
             raise ValueError(
                 f"`inputs` is a {type(input_ids).__name__}, as tokenizers return it: it must be unpacked, "
                 f"`generate(**inputs)`."
             )
-        if input_ids is None:  # as everywhere in transformers, and in the pipeline for an empty text
-            require(config.bos_token_id is not None, "input_ids", None, "given where no `bos_token_id` is known")
-            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
         is_tensor = isinstance(input_ids, torch.Tensor)
         if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
             got = f"{input_ids.dtype} of {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__

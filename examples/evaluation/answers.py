@@ -1,8 +1,11 @@
-"""What a model answered: the number, or the program, in its text."""
+"""What a model answered: the number in its text; and the program, see `programs`."""
 
 import re
-import textwrap
 from fractions import Fraction
+
+from .programs import extract_code
+
+__all__ = ["extract_code", "final_number", "last_boxed"]
 
 # Thousands may be grouped; a sign counts where it touches the number and nothing that it could be subtracted from.
 _DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,400})(?:\.\d{1,400})?|\.\d{1,400}"
@@ -13,7 +16,6 @@ _NUMBER = re.compile(
 _PART = r"(?:\{\s*([^{}]+?)\s*\}|(\d))"
 _LATEX_FRACTION = re.compile(rf"(\d)?\\[cdt]?frac\s*{_PART}\s*{_PART}")
 _LATEX_UNIT = re.compile(r"\\(?:text|mathrm|textbf|mbox)\s*\{[^{}]*\}(?:\s*\^\s*(?:\{[^{}]*\}|\w))?|\^\s*\{?\\circ\}?")
-_FENCE = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n`]*\n(.*?)(?:```|\Z)", re.DOTALL | re.MULTILINE)
 _BOX = re.compile(r"\\f?boxed\s*\{|\\fbox\s*\{|\\boxed\s+(\w+)")
 
 
@@ -60,19 +62,3 @@ def _to_fraction(match):
             return None
         top = whole + top / bottom
     return -top if match["sign"] else top
-
-
-def extract_code(text, entry_point=None) -> str:
-    """The program in an answer: what is before the first `[DONE]` and behind a `[BEGIN]`, the marks of MBPP's prompt,
-    as far as they are there; of that, if it has fenced blocks, the first one that defines `entry_point`, or else the
-    first one of Python, or else the first."""
-    text = text.replace("\r\n", "\n").split("[DONE]")[0]
-    text = text.split("[BEGIN]", 1)[-1]
-    blocks = [(language.lower(), textwrap.dedent(block).rstrip()) for language, block in _FENCE.findall(text)]
-    if not blocks:
-        return text.split("```")[0].strip("\n")  # closed, but not opened
-    if entry_point is not None:
-        for _, block in blocks:
-            if re.search(rf"\b(?:def|class)\s+{re.escape(entry_point)}\b", block):
-                return block
-    return next((block for language, block in blocks if language.startswith("py")), blocks[0][1])

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import evaluate
 
-from .answers import extract_code, final_number, last_boxed
+from .answers import final_number, last_boxed
+from .programs import called_names, extract_code
 from .sandbox import run_tests
 
 TEXT, WHOLE, REAL = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
@@ -90,11 +91,13 @@ class PassAtK(evaluate.Metric):
         for each in k:
             if not 1 <= each <= fewest:
                 raise ValueError(f"`k={each!r}` is not allowed: it must be from 1 to {fewest}, the answers there are.")
-        pairs = [(answer, tests) for answers, tests in zip(predictions, references, strict=True) for answer in answers]
+        pairs = [
+            (extract_code(answer, next(iter(called_names(tests)), None)), tests)
+            for answers, tests in zip(predictions, references, strict=True)
+            for answer in answers
+        ]
         with ThreadPoolExecutor(num_workers) as pool:  # each program is a process of its own
-            verdicts = iter(
-                list(pool.map(lambda pair: run_tests(extract_code(pair[0]), pair[1], **limits).passed, pairs))
-            )
+            verdicts = iter(list(pool.map(lambda pair: run_tests(*pair, **limits).passed, pairs)))
         right = [(len(answers), sum(next(verdicts) for _ in answers)) for answers in predictions]
         return {f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in right) / len(right) for each in k}
 

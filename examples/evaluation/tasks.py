@@ -9,15 +9,15 @@ was evaluated with lm-eval's own prompts: see `harness`.
 
 import json
 import os
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from .answers import extract_code, last_boxed
+from .answers import last_boxed
 from .metrics import same_formula, same_number
+from .programs import called_names, extract_code
 from .sandbox import run_tests
 
 DATA_VARIABLE = "DPARALLEL_DATA"
@@ -196,9 +196,8 @@ MATH = Task(
 
 
 def _is_right_mbpp(row, text):
-    called = re.search(r"\b(\w+)\(", row["test_list"][0].removeprefix("assert"))
-    program = extract_code(text, called and called[1])
-    return run_tests(program, "\n".join([row["test_setup_code"], *row["test_list"]])).passed
+    tests = "\n".join([row["test_setup_code"], *row["test_list"]])
+    return run_tests(extract_code(text, next(iter(called_names(tests)), None)), tests).passed
 
 
 MBPP = Task(
@@ -227,12 +226,9 @@ MBPP = Task(
 
 
 def _is_right_humaneval(row, text):
-    name = row["entry_point"]
-    program = extract_code(text, name)
-    head = row["prompt"].split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
-    is_whole = re.search(rf"^def {name}\b", program, re.MULTILINE)  # or the body alone
-    program = (head if is_whole else row["prompt"]) + program
-    return run_tests(program, f"{head}\n{row['test']}\ncheck({name})").passed  # helpers of the tests' own
+    name, prompt = row["entry_point"], row["prompt"]
+    head = prompt.split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
+    return run_tests(extract_code(text, name, prompt), f"{head}\n{row['test']}\ncheck({name})").passed
 
 
 HUMANEVAL = Task(

@@ -67,23 +67,3 @@ def test_every_answer_of_gsm8k_is_read():
         for line in (DATA / name).read_text().splitlines():
             answer = json.loads(line)["answer"]
             assert answers.final_number(answer) == Fraction(answer.split("####")[1].strip().replace(",", ""))
-
-
-@pytest.mark.parametrize(
-    ("text", "entry_point", "code"),
-    [
-        ("Here:\n```python\ndef f():\n    pass\n```\nDone.", None, "def f():\n    pass"),
-        ("```\nx = 1\n```\n```py\ndef f(): pass\n```", "f", "def f(): pass"),
-        ("```python\nx = 1\n```", "f", "x = 1"),
-        ("```python\ndef f():\n    return 1", "f", "def f():\n    return 1"),  # cut off
-        ("def f(): pass\n```", "f", "def f(): pass"),
-        ("```bash\npip install x\n```\n```Python3\r\ndef f(): pass\r\n```", None, "def f(): pass"),
-        ("1. so\n   ```python\n   def f():\n       pass```", "f", "def f():\n    pass"),
-        ("```\nassert f()\n```\n```\ndef f(): pass\n```", "f", "def f(): pass"),
-        ("[BEGIN]\ndef f(): pass\n[DONE]\n[BEGIN]\ndef g(): pass\n```python\nf()\n```", "f", "def f(): pass"),
-        ("[BEGIN]\ndef f(): pass\n[DONE]\nand more", None, "def f(): pass"),
-        ("\ndef f(): pass\n", None, "def f(): pass"),
-    ],
-)
-def test_extract_code(text, entry_point, code):
-    assert answers.extract_code(text, entry_point) == code

@@ -39,17 +39,23 @@ def same_formula(prediction, reference) -> bool:
     """Do both texts end up with the same expression, as `math-verify` judges it? A reference may be the expression
     alone. Call it in the main thread: its time limits are signals.
 
+    Of several boxes in a prediction the last one counts, as in MATH's own evaluation; or all of them together, where
+    `math-verify` takes those that stand near each other for a set.
+
     Raises:
         ValueError: for a reference without an expression.
     """
     from math_verify import parse, verify
 
-    if last_boxed(reference) is None and "$" not in reference:
-        reference = f"\\boxed{{{reference}}}"
-    expected = parse(reference)
+    box = last_boxed(reference)
+    expected = parse(f"\\boxed{{{reference}}}" if box is None and "$" not in reference else reference)
+    if not expected and box is not None:
+        expected = parse(f"\\boxed{{{box}}}")  # of a kind that math-verify does not know, such as an fbox
     if not expected:
         raise ValueError(f"`reference={reference!r}` has no expression.")
-    return verify(expected, parse(prediction))
+    answer = last_boxed(prediction)
+    is_last_right = answer is not None and verify(expected, parse(f"\\boxed{{{answer}}}"))
+    return is_last_right or verify(expected, parse(prediction))
 
 
 class NumericAnswer(evaluate.Metric):

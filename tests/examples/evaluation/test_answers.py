@@ -125,8 +125,8 @@ def test_every_answer_of_gsm8k_is_read():
         lambda number: rf"\boxed{{\text{{{number}}}}}",
         lambda number: rf"\boxed{{\${number}\text{{ dollars}}}}",
         lambda number: rf"\boxed{{{number}\ \text{{cm}}^2}}",
-        lambda number: r"\boxed{%s}" % number.replace(",", "{,}"),
-        lambda number: r"\boxed{%s}" % number.replace(",", r"\ "),
+        lambda number: r"\boxed{{{}}}".format(number.replace(",", "{,}")),
+        lambda number: r"\boxed{{{}}}".format(number.replace(",", r"\ ")),
     ],
 )
 def test_answers_of_gsm8k_in_other_forms(write):

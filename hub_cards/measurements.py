@@ -10,6 +10,7 @@ from dataclasses import MISSING, dataclass, fields
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from huggingface_hub import EvalResult
@@ -24,7 +25,7 @@ class Measurement:
     Args:
         task (`str`): what people call it, "GSM8K".
         dataset (`str`): Hub id, or name, of the data; split (`str`) and num_examples (`int`): which of it.
-        decoding (`dict`): arguments of `generate()` that differ from the checkpoint's own.
+        decoding (`dict`): arguments of `generate()` that were given; the rest is as the checkpoint has it.
         accuracy (`float`): share of the examples that were solved, from 0 to 1.
         nfe (`float`): forward passes for one example, the mean.
         tpf (`float`): tokens up to and including the end-of-text, of all examples, over all passes.
@@ -32,6 +33,11 @@ class Measurement:
         seconds (`float`, *optional*): that all examples took together.
         num_fewshot (`int`, *optional*): solved examples before each question.
         model (`str`, *optional*): another model that was measured for comparison; the model itself if unset.
+        resolved_decoding (`dict`, *optional*): what decoding went by, whoever set it: policy and its number, lengths,
+            cache, ends.
+        checkpoint (`str`, *optional*), revision (`str`, *optional*): Hub id, or the folder's name, of what was
+            measured, and its commit on the Hub.
+        adapter (`str`, *optional*), adapter_revision (`str`, *optional*): of the adapter that was not merged.
     """
 
     task: str
@@ -48,6 +54,22 @@ class Measurement:
     seconds: float | None = None
     num_fewshot: int | None = None
     model: str | None = None
+    resolved_decoding: dict | None = None
+    checkpoint: str | None = None
+    revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% interval of the accuracy, see `wilson_interval`."""
+        return wilson_interval(self.accuracy, self.num_examples)
+
+    @property
+    def accuracy_in_words(self) -> str:
+        """The accuracy in percent, with its interval: "93.8 (93.1 to 94.4)"."""
+        low, high = self.interval
+        return f"{100 * self.accuracy:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
     @property
     def shots(self) -> str:
@@ -56,13 +78,51 @@ class Measurement:
 
     @property
     def settings(self) -> str:
-        """`decoding` in words: `entropy_threshold`, threshold 0.1."""
-        rest = {name: value for name, value in self.decoding.items() if name != "unmasking"}
-        words = [f"`{self.decoding['unmasking']}`"] if "unmasking" in self.decoding else []
+        """The decoding in words, first the policy and its number, whoever set them: `entropy_threshold`, threshold
+        0.1."""
+        resolved = self.resolved_decoding or {}
+        shown = {name: resolved[name] for name in ("unmasking", "threshold", "steps") if name in resolved}
+        shown |= self.decoding
+        words = [f"`{shown.pop('unmasking')}`"] if "unmasking" in shown else []
         words += [
-            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in rest.items()
+            f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()
         ]
-        return ", ".join(words) or "as shipped"
+        if self.decoding:
+            return ", ".join(words)
+        return f"as shipped: {', '.join(words)}" if words else "as shipped (which was not recorded)"
+
+
+def wilson_interval(share, count) -> tuple[float, float]:
+    """95% score interval of a share (from 0 to 1) of `count` examples (Wilson 1927, https://doi.org/10.2307/2276774)."""
+    z = 1.96
+    centre, half = share + z**2 / (2 * count), z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return max((centre - half) / (1 + z**2 / count), 0.0), min((centre + half) / (1 + z**2 / count), 1.0)
+
+
+class Difference(NamedTuple):
+    """Of two accuracies, from -1 to 1, with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self):
+        """In points: "+0.3 (-0.5 to +1.2)"."""
+        return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
+
+
+def paired_difference(verdicts, others) -> Difference:
+    """How much more accurate `verdicts` are than `others` (both lists of `bool`, of the same examples).
+
+    The interval is that of Bonett and Price (2012, https://doi.org/10.1111/j.2044-8317.2011.02025.x, for paired
+    proportions), which adds an example to either kind of disagreement: it is not empty where the two agree on a few
+    examples."""
+    pairs = list(zip(verdicts, others, strict=True))
+    gained, lost = (sum(bool(a) is kind and bool(b) is not kind for a, b in pairs) for kind in (True, False))
+    more, less, count = (gained + 1) / (len(pairs) + 2), (lost + 1) / (len(pairs) + 2), len(pairs) + 2
+    half = 1.96 * ((more + less - (more - less) ** 2) / count) ** 0.5
+    low, high = max(more - less - half, -1.0), min(more - less + half, 1.0)
+    return Difference((gained - lost) / len(pairs), low, high)
 
 
 def here_and_now(packages=("torch", "transformers"), *, is_gpu=None) -> dict[str, str]:

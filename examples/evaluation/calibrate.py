@@ -3,19 +3,23 @@
     python -m dparallel.evaluation.calibrate --task gsm8k --split train --limit 500 --model runs/llada/merged \\
         --unmasking entropy_threshold --margin 0.01
 
-Accuracy is compared with that of one token a pass, or with `--bar`. Calibrate on problems that you do not report.
+Accuracy is compared with that of one token a pass, problem by problem, or with `--bar`. The 95% interval of the
+difference is printed; where it reaches below the margin, a warning says that the problems are too few to tell, and the
+threshold is written all the same. Calibrate on problems that you do not report.
 """
 
+import math
+import sys
 from pathlib import Path
 
 from accelerate import PartialState
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
-from dparallel.hub_cards.measurements import RESULTS_FILE, fastest
+from dparallel.hub_cards.measurements import RESULTS_FILE, Difference, fastest, paired_difference
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
-from .evaluation import write_measurements
-from .sweep import DEFAULT_GRID, decodings_of, number_of, sweep, to_table
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
+from .evaluation import verdicts_of, write_measurements
+from .sweep import DEFAULT_GRID, decodings_of, folder_name, number_of, sweep, to_table
 
 
 def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
@@ -50,6 +54,35 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
     return chosen, [*points, *fast]
 
 
+def difference_to_slow(output_dir, chosen, points, bar=None) -> Difference:
+    """How much more accurate the chosen threshold is than one token a pass, with its 95% interval: on the same
+    problems, or, where only a `bar` is known, from the interval of the threshold's own accuracy. Arguments as
+    `calibrate` takes and returns them."""
+    if bar is not None:
+        return Difference(*(accuracy - bar for accuracy in (chosen.accuracy, *chosen.interval)))
+    folders = [Path(output_dir) / "slow" / folder_name(points[0].decoding, ("unmasking", "steps", "block_cache"))]
+    folders += [
+        Path(output_dir) / folder_name(chosen.decoding, ("unmasking", number_of(chosen.decoding["unmasking"])))
+    ]
+    slow, fast = map(verdicts_of, folders)
+    return paired_difference(fast, slow)
+
+
+def warning_of_noise(difference, margin, count) -> str | None:
+    """What to say where the difference may be a loss of more than the margin."""
+    if difference.low >= -margin:
+        return None
+    words = (
+        f"Warning: `margin={margin!r}`, {100 * margin:g} points, is inside the noise: on these {count} problems up to "
+        f"{-100 * difference.low:.1f} points may be lost."
+    )
+    room = margin + difference.mean
+    if room <= 0:
+        return f"{words} Take a threshold that is further inside the margin, or allow more."
+    wanted = math.ceil(count * ((difference.mean - difference.low) / room) ** 2)
+    return f"{words} About {wanted:,} problems (--limit) could tell, or allow more (--margin)."
+
+
 def main():
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.calibrate")
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
@@ -57,7 +90,11 @@ def main():
     add_data_arguments(parser)
     parser.add_argument("--unmasking", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
     parser.add_argument("--thresholds", type=float, nargs="+", help="candidates")
-    parser.add_argument("--margin", type=float, default=0.01, help="of accuracy that may be lost")
+    margin_help = (
+        "of accuracy that may be lost, 0.01 for a point; where the 95%% interval of the difference reaches below it, there "
+        "is a warning, and the threshold is written all the same"
+    )
+    parser.add_argument("--margin", type=float, default=0.01, help=margin_help)
     parser.add_argument("--bar", type=float, help="accuracy of slow decoding, if you know it")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/calibration"))
     arguments = parser.parse_args()
@@ -71,6 +108,7 @@ def main():
         task = find_task(arguments.task)
         data = data_arguments(arguments, task)
         model, tokenizer = load_model(arguments)
+        data["origin"] = origin_from(arguments, model)
         chosen, points = calibrate(
             task, model, tokenizer, arguments.output_dir, arguments.unmasking,
             arguments.thresholds or DEFAULT_GRID[arguments.unmasking], margin=arguments.margin, bar=arguments.bar,
@@ -82,6 +120,12 @@ def main():
         print(f"{to_table(points)}\n\nIn {arguments.output_dir}: results.json, and all answers.")
         if chosen is None:
             raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
+        difference = difference_to_slow(arguments.output_dir, chosen, points, arguments.bar)
+        against = "one token a pass" if arguments.bar is None else f"the bar of {100 * arguments.bar:g}%"
+        how = "95% interval, paired" if arguments.bar is None else "95% interval of this sample"
+        print(f"{chosen.settings}: {difference} points against {against} ({how}; {chosen.num_examples} problems).")
+        if (warning := warning_of_noise(difference, arguments.margin, chosen.num_examples)) is not None:
+            print(warning, file=sys.stderr)
         name = number_of(arguments.unmasking)
         settings = {"threshold": None, "steps": None, name: chosen.decoding[name]}
         model.generation_config.update(unmasking=arguments.unmasking, **settings)

@@ -1,6 +1,7 @@
 """What the commands that evaluate have in common."""
 
 import importlib.util
+import json
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -8,16 +9,19 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.hub_cards.merge import decoding_of
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 
-from .evaluation import DECODING_ARGUMENTS, evaluate_task
+from .evaluation import DECODING_ARGUMENTS, evaluate_task, origin_of
 from .tasks import TASKS, Task
 
-HEADER = "| task | model | decoding | NFE | TPF | accuracy % |\n" + "| --- " * 6 + "|"
+ADAPTER_FILE = "adapter_config.json"
+HEADER = "| task | model | decoding | NFE | TPF | accuracy % (95% interval) |\n" + "| --- " * 6 + "|"
 
 
 def load_from_file(path, name):
@@ -43,7 +47,7 @@ def find_task(name) -> Task:
 
 
 def add_model_arguments(parser):
-    parser.add_argument("--model", required=True, help="Hub id or folder")
+    parser.add_argument("--model", required=True, help="Hub id or folder, also of a LoRA adapter")
     parser.add_argument("--adapter", help="Hub id or folder of a LoRA adapter for it, which is not merged")
     dtypes = ["auto", "bfloat16", "float16", "float32"]
     parser.add_argument("--dtype", choices=dtypes, help="default: auto, as saved, on a GPU, float32 on a CPU")
@@ -83,25 +87,84 @@ def data_arguments(arguments, task) -> dict:
 
 
 def load_model(arguments):
-    """A model for decoding, on the device of this process, and its tokenizer."""
+    """A model for decoding, on the device of this process, and its tokenizer. `--model` may be an adapter: its base
+    model is loaded, and decodes by what the adapter was distilled for, as with `--adapter`."""
     for name, value in _given(arguments, "model", "adapter").items():
         check_folder_or_hub_id(name, value)
     is_gpu = torch.cuda.is_available()
     device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
-    kept = {"trust_remote_code": arguments.trust_remote_code, "revision": arguments.revision}
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, padding_side="left", **kept)
+    base, revision = _base_and_revision(arguments)
+    kept = {"trust_remote_code": arguments.trust_remote_code}
+    adapter = arguments.model if base != arguments.model else arguments.adapter
+    adapter_revision = arguments.revision if base != arguments.model else None
+    has_own = base != arguments.model and _file_of(adapter, "tokenizer_config.json", adapter_revision) is not None
+    name, tokenizer_revision = (adapter, adapter_revision) if has_own else (base, revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=tokenizer_revision, **kept)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype, **kept)
-    if arguments.adapter:
-        model.load_adapter(arguments.adapter)
-        model.generation_config.update(**decoding_of(arguments.adapter))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision, **kept)
+    if adapter:
+        pinned = {} if adapter_revision is None else {"adapter_kwargs": {"revision": adapter_revision}}
+        model.load_adapter(str(adapter), **pinned)
+        decode_as_distilled(model, adapter)
     return model.to(device).eval(), tokenizer
+
+
+def decode_as_distilled(model, adapter):
+    """Give a model the decoding that an adapter, a folder or Hub id, was distilled for."""
+    decoding = decoding_of(adapter)
+    if decoding.get("unmasking", model.generation_config.unmasking) != model.generation_config.unmasking:
+        decoding = {"threshold": None, "steps": None, **decoding}  # not the base model's number
+    model.generation_config.update(**decoding)
+
+
+def is_adapter(model, revision=None) -> bool:
+    """Is a folder or Hub id that of an adapter, and not of a whole model?"""
+    return isinstance(model, (str, Path)) and _file_of(model, ADAPTER_FILE, revision) is not None
+
+
+def origin_from(arguments, model) -> dict:
+    """What results say of where the model is from, see `Measurement`."""
+    found = origin_of(model)
+    base, _ = _base_and_revision(arguments)
+    adapter = arguments.model if base != arguments.model else arguments.adapter
+    if adapter:
+        path = _file_of(adapter, ADAPTER_FILE, arguments.revision if adapter == arguments.model else None)
+        found["adapter"] = Path(adapter).name if Path(adapter).is_dir() else str(adapter)
+        if (commit := extract_commit_hash(str(path), None)) is not None:
+            found["adapter_revision"] = commit
+    return found
+
+
+def _base_and_revision(arguments):
+    """The model to load, and its revision: that of an adapter, if `--model` is one."""
+    path = _file_of(arguments.model, ADAPTER_FILE, arguments.revision)
+    if path is None:
+        return arguments.model, arguments.revision
+    if arguments.adapter:
+        raise ValueError(
+            f"`adapter={str(arguments.adapter)!r}` is not allowed: `model={str(arguments.model)!r}` is an adapter."
+        )
+    config = json.loads(Path(path).read_text())
+    base = config.get("base_model_name_or_path")
+    if not base:
+        raise ValueError(
+            f"`model={str(arguments.model)!r}` is not allowed: it is an adapter that does not name its base model. "
+            "Name the base model as --model, and this as --adapter."
+        )
+    check_folder_or_hub_id("base_model_name_or_path", base)
+    return base, config.get("revision") or "main"
+
+
+def _file_of(source, name, revision=None):
+    """The path of a file of a folder or of a Hub repository; None if it has no such file."""
+    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(str(source), name, revision=revision, **missing)
 
 
 def table_row(measurement, model) -> str:
     return (
         f"| {measurement.task}{measurement.shots}, {measurement.num_examples} | {model} | {measurement.settings} "
-        f"| {measurement.nfe:.1f} | {measurement.tpf:.2f} | {100 * measurement.accuracy:.1f} |"
+        f"| {measurement.nfe:.1f} | {measurement.tpf:.2f} | {measurement.accuracy_in_words} |"
     )
 
 
@@ -132,7 +195,8 @@ def evaluate_from_command_line(task):
     with plain_errors(ValueError, OSError):
         data = data_arguments(arguments, task)
         model, tokenizer = load_model(arguments)
-        result = evaluate_task(task, model, tokenizer, arguments.output_dir, **data, **settings)
+        origin = origin_from(arguments, model)
+        result = evaluate_task(task, model, tokenizer, arguments.output_dir, origin=origin, **data, **settings)
     if PartialState().is_main_process:
         print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
         print(f"In {arguments.output_dir}: results.json and samples.jsonl.")

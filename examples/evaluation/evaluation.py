@@ -8,6 +8,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, here_and_now
+from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
 
 from .metrics import DecodingEfficiency
@@ -15,6 +16,7 @@ from .metrics import DecodingEfficiency
 SAMPLES_FILE = "samples.jsonl"
 SECONDS_FILE = "seconds.json"
 WHERE_FILE = "where.json"
+SAMPLING_ARGUMENTS = ("do_sample", "temperature", "top_p", "top_k")
 DECODING_ARGUMENTS = (  # of generate(), as commands take them
     "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
     "cache_refresh_interval", "stop_at_eos", "eos_threshold",
@@ -33,6 +35,7 @@ def evaluate_task(
     num_fewshot=None,
     batch_size=16,
     shard_size=32,
+    origin=None,
     **decoding,
 ) -> Measurement:
     """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
@@ -54,8 +57,10 @@ def evaluate_task(
         batch_size (`int`): questions in a batch, of one shard, so `shard_size` at most. It may change between runs;
             answers do not depend on it, but for rounding.
         shard_size (`int`): questions that are saved together.
+        origin (`dict`, *optional*): what the results say of where the model is from: `checkpoint`, `revision`,
+            `adapter` and `adapter_revision`, see `Measurement`. By default what the model itself knows.
         decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
-            task.
+            task. Unless `stop_at_eos=False`, decoding stops at the task's `stop_strings`, too.
 
     Raises:
         ValueError: for wrong arguments, or if `output_dir` holds answers of another evaluation.
@@ -67,13 +72,14 @@ def evaluate_task(
     if tokenizer.chat_template is None:
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
     settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
+    settings = stopping_at(task.stop_strings, model, settings)
     output_dir, start = Path(output_dir), time.perf_counter()
     is_new = not any((output_dir / "answers").glob("shard-*"))
     PartialState().wait_for_everyone()  # before the first is written
     where = _where_it_began(output_dir, is_new)
     rows = generate_trajectories(
         model, tokenizer, questions, output_dir / "answers",
-        lambda row: task.is_right(json.loads(row["row"]), row["response"]),
+        lambda row: task.is_right(json.loads(row["row"]), task.first_answer(row["response"])),
         batch_size=batch_size, shard_size=shard_size, **settings,
     )  # fmt: skip
     taken = time.perf_counter() - start if is_new else None
@@ -86,6 +92,8 @@ def evaluate_task(
         num_examples=len(rows),
         num_fewshot=task.num_fewshot if num_fewshot is None else num_fewshot,
         decoding=decoding,
+        resolved_decoding=resolve_decoding(model, settings),
+        **(origin_of(model) if origin is None else origin),
         accuracy=sum(rows["correct"]) / len(rows),
         **DecodingEfficiency().compute(num_forward_passes=passes, num_tokens=tokens),
         **where,
@@ -105,6 +113,43 @@ def evaluate_task(
             (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
     PartialState().wait_for_everyone()
     return measurement
+
+
+def stopping_at(stop_strings, model, settings) -> dict:
+    """Arguments of `generate()` with strings to stop at, where rows may end early at all."""
+    config, _ = model._prepare_generation_config(None, **settings)
+    may_end = config.stop_at_eos and (config.pad_token_id is not None or config.eos_token_id is not None)
+    return {"stop_strings": list(stop_strings), **settings} if stop_strings and may_end else settings
+
+
+def resolve_decoding(model, settings) -> dict:
+    """What decoding with these arguments of `generate()` goes by: theirs, the checkpoint's own, and the defaults."""
+    config, _ = model._prepare_generation_config(None, **settings)
+    policy = POLICIES[config.unmasking]
+    if policy.is_scheduled:
+        number = {"steps": config.max_new_tokens if config.steps is None else config.steps}
+    else:
+        number = {"threshold": policy.default if config.threshold is None else config.threshold}
+    names = [
+        name
+        for name in (*DECODING_ARGUMENTS, *SAMPLING_ARGUMENTS, "stop_strings")
+        if name not in ("threshold", "steps")
+    ]
+    found = {"unmasking": config.unmasking, **number, "max_new_tokens": config.max_new_tokens}
+    found |= {name: value for name in names if (value := getattr(config, name)) is not None}
+    hidden = {*(() if policy.is_scheduled else ("schedule",)), *(() if config.do_sample else SAMPLING_ARGUMENTS)}
+    hidden |= {"cache_refresh", "cache_refresh_interval"} if config.block_cache == "none" else set()
+    return {name: value for name, value in found.items() if name not in hidden or name in settings}
+
+
+def origin_of(model) -> dict:
+    """Where a model is from, as far as it knows: the Hub id, or the folder's name, and the commit on the Hub."""
+    name = model.name_or_path
+    found = {
+        "checkpoint": Path(name).name if Path(name).is_dir() else name,
+        "revision": getattr(model.config, "_commit_hash", None),
+    }
+    return {key: value for key, value in found.items() if value}
 
 
 def check_decoding(model, decoding):

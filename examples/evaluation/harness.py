@@ -5,9 +5,10 @@ in batches, with any policy.
         --model_args pretrained=Dream-org/Dream-v0-Instruct-7B,unmasking=entropy_threshold,threshold=0.45 \\
         --gen_kwargs max_gen_toks=256 --batch_size 16
 
-All arguments are the harness's own; `--model_args` also takes what `generate()` takes. The results have `nfe` and
-`tpf` of each task under `config`: of the requests that the first process decoded, so not of those that it found in the
-harness's cache.
+All arguments are the harness's own; `--model_args` also takes what `generate()` takes. Answers have the length that the
+task or `--gen_kwargs` says, or else the checkpoint's own `max_new_tokens`, and without one the harness's 256. An adapter
+(`pretrained=` or `peft=`) decodes by what it was distilled for. The results have `nfe` and `tpf` of each task under
+`config`: of the requests that the first process decoded, so not of those that it found in the harness's cache.
 """
 
 import logging
@@ -30,7 +31,8 @@ import dparallel.modeling  # noqa: F401  (registers the model families with Auto
 from dparallel.hub_cards.command_line import plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 
-from .evaluation import DECODING_ARGUMENTS, check_decoding
+from .command_line import decode_as_distilled, is_adapter
+from .evaluation import DECODING_ARGUMENTS, check_decoding, resolve_decoding
 from .metrics import DecodingEfficiency
 
 logger = logging.getLogger("lm_eval")  # its own, which writes to the terminal
@@ -57,7 +59,15 @@ class DiffusionLM(HFLM):
         self.decoding = {name: arguments.pop(name) for name in DECODING_ARGUMENTS if name in arguments}
         self.efficiency, self._counts = {}, []
         super().__init__(pretrained, backend="causal", **arguments)
+        adapter = arguments.get("peft") or (pretrained if is_adapter(pretrained, arguments.get("revision")) else None)
+        if adapter:
+            decode_as_distilled(self.model, adapter)
         check_decoding(self.model, self.decoding)
+
+    @property
+    def max_gen_toks(self) -> int:
+        """Tokens of an answer where neither the task nor `--gen_kwargs` says how many: the checkpoint's own number."""
+        return self.model.generation_config.max_new_tokens or super().max_gen_toks
 
     def generate_until(self, requests, disable_tqdm=False):
         answers = {}
@@ -85,7 +95,12 @@ class DiffusionLM(HFLM):
 
     def get_model_info(self):
         found = {name: {task: each[name] for task, each in self.efficiency.items()} for name in ("nfe", "tpf")}
-        return super().get_model_info() | found | {"decoding": self.decoding}
+        return super().get_model_info() | found | {"decoding": self.decoding, "resolved_decoding": self._resolved()}
+
+    def _resolved(self):
+        found = resolve_decoding(self.model, self.decoding)
+        del found["max_new_tokens"]  # each task has its own
+        return found
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import evaluate
 
-from .answers import extract_code, final_number, last_boxed
+from .answers import final_number, last_boxed
+from .programs import called_names, extract_code
 from .sandbox import run_tests
 
 TEXT, WHOLE, REAL = (datasets.Value(kind) for kind in ("string", "int64", "float64"))
@@ -38,17 +39,23 @@ def same_formula(prediction, reference) -> bool:
     """Do both texts end up with the same expression, as `math-verify` judges it? A reference may be the expression
     alone. Call it in the main thread: its time limits are signals.
 
+    Of several boxes in a prediction the last one counts, as in MATH's own evaluation; or all of them together, where
+    `math-verify` takes those that stand near each other for a set.
+
     Raises:
         ValueError: for a reference without an expression.
     """
     from math_verify import parse, verify
 
-    if last_boxed(reference) is None and "$" not in reference:
-        reference = f"\\boxed{{{reference}}}"
-    expected = parse(reference)
+    box = last_boxed(reference)
+    expected = parse(f"\\boxed{{{reference}}}" if box is None and "$" not in reference else reference)
+    if not expected and box is not None:
+        expected = parse(f"\\boxed{{{box}}}")  # of a kind that math-verify does not know, such as an fbox
     if not expected:
         raise ValueError(f"`reference={reference!r}` has no expression.")
-    return verify(expected, parse(prediction))
+    answer = last_boxed(prediction)
+    is_last_right = answer is not None and verify(expected, parse(f"\\boxed{{{answer}}}"))
+    return is_last_right or verify(expected, parse(prediction))
 
 
 class NumericAnswer(evaluate.Metric):
@@ -90,11 +97,13 @@ class PassAtK(evaluate.Metric):
         for each in k:
             if not 1 <= each <= fewest:
                 raise ValueError(f"`k={each!r}` is not allowed: it must be from 1 to {fewest}, the answers there are.")
-        pairs = [(answer, tests) for answers, tests in zip(predictions, references, strict=True) for answer in answers]
+        pairs = [
+            (extract_code(answer, next(iter(called_names(tests)), None)), tests)
+            for answers, tests in zip(predictions, references, strict=True)
+            for answer in answers
+        ]
         with ThreadPoolExecutor(num_workers) as pool:  # each program is a process of its own
-            verdicts = iter(
-                list(pool.map(lambda pair: run_tests(extract_code(pair[0]), pair[1], **limits).passed, pairs))
-            )
+            verdicts = iter(list(pool.map(lambda pair: run_tests(*pair, **limits).passed, pairs)))
         right = [(len(answers), sum(next(verdicts) for _ in answers)) for answers in predictions]
         return {f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in right) / len(right) for each in k}
 

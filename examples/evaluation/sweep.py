@@ -17,7 +17,7 @@ from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.modeling import POLICIES
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model
+from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
 from .evaluation import check_decoding, evaluate_task, seconds_of, write_measurements
 from .metrics import accuracy_under_parallelism
 
@@ -97,8 +97,13 @@ def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]
             if cache == "none":
                 decoding = {name: each for name, each in decoding.items() if not name.startswith("cache_refresh")}
             check_decoding(model, decoding)
-            found["-".join(map(str, point.values()))] = decoding
+            found[folder_name(point, point)] = decoding
     return found
+
+
+def folder_name(decoding, names) -> str:
+    """Of the evaluation at a point of a grid, which has arguments of these names."""
+    return "-".join(str(decoding[name]) for name in names)
 
 
 def curves(points) -> dict[str, list]:
@@ -121,10 +126,10 @@ def aup(lines) -> dict[str, float]:
 
 
 def to_table(points) -> str:
-    rows = ["| decoding | NFE | TPF | seconds | accuracy % |", "| --- " * 5 + "|"]
+    rows = ["| decoding | NFE | TPF | seconds | accuracy % (95% interval) |", "| --- " * 5 + "|"]
     for point in points:
         taken = "" if point.seconds is None else f"{point.seconds:.1f}"
-        rows.append(f"| {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | {taken} | {100 * point.accuracy:.1f} |")
+        rows.append(f"| {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | {taken} | {point.accuracy_in_words} |")
     return "\n".join(rows)
 
 
@@ -182,6 +187,7 @@ def main():
         task = find_task(arguments.task)
         folder, data = arguments.output_dir, data_arguments(arguments, task)
         model, tokenizer = load_model(arguments)
+        data["origin"] = origin_from(arguments, model)
         points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data)
         if not PartialState().is_main_process:
             return

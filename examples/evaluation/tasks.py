@@ -16,8 +16,9 @@ from pathlib import Path
 
 from datasets import Dataset, concatenate_datasets, load_dataset
 
-from .answers import extract_code, last_boxed
+from .answers import last_boxed
 from .metrics import same_formula, same_number
+from .programs import called_names, extract_code
 from .sandbox import run_tests
 
 DATA_VARIABLE = "DPARALLEL_DATA"
@@ -44,6 +45,8 @@ class Task:
         example_split (`str`), first_example (`int`), num_fewshot (`int`): where examples come from, from which on, and
             how many there are by default.
         separator (`str`): between examples.
+        stop_strings (tuple of `str`): with which a question of the model's own, or what the task ends answers with,
+            would begin. Decoding stops there, and what is behind does not count.
         max_new_tokens (`int`): of an answer.
         runs_code (`bool`): is the answer a program that must be run?
     """
@@ -62,6 +65,7 @@ class Task:
     first_example: int = 0
     num_fewshot: int = 0
     separator: str = "\n\n"
+    stop_strings: tuple[str, ...] = ()
     max_new_tokens: int = 256
     runs_code: bool = False
 
@@ -94,6 +98,15 @@ class Task:
         if missing:
             raise ValueError(f"{self.name}: the rows of {source} lack the columns {missing}.")
         return rows
+
+    def first_answer(self, text) -> str:
+        """A text up to the first of `stop_strings`, as models without chat training, or with examples before them, go
+        on with a question of their own. One that nothing stands before which could be an answer, such as where a model
+        repeats the question, is no end."""
+        for match in re.finditer("|".join(map(re.escape, self.stop_strings)) or r"(?!)", text):
+            if re.search(r"\d|\\boxed|\bdef\b|\breturn\b", text[: match.start()]):
+                return text[: match.start()]
+        return text
 
     def require_sandbox(self):
         """Raises `PermissionError` or another error if answers are programs, and those may not or cannot be run."""
@@ -180,7 +193,8 @@ GSM8K = Task(
         "\\boxed{}."
     ),
     solve=_solve_gsm8k,
-    is_right=lambda row, text: same_number(text, row["answer"]),
+    is_right=lambda row, text: same_number(GSM8K.first_answer(text), row["answer"]),
+    stop_strings=("\nQuestion:",),
 )
 MATH = Task(
     name="MATH",
@@ -190,15 +204,15 @@ MATH = Task(
     columns=("problem", "solution"),
     ask=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
     solve=lambda row: f" {row['solution']}",
-    is_right=lambda row, text: same_formula(text, f"\\boxed{{{last_boxed(row['solution'])}}}"),
+    is_right=lambda row, text: same_formula(MATH.first_answer(text), f"\\boxed{{{last_boxed(row['solution'])}}}"),
+    stop_strings=("\nProblem:",),
     num_fewshot=4,
 )
 
 
 def _is_right_mbpp(row, text):
-    called = re.search(r"\b(\w+)\(", row["test_list"][0].removeprefix("assert"))
-    program = extract_code(text, called and called[1])
-    return run_tests(program, "\n".join([row["test_setup_code"], *row["test_list"]])).passed
+    tests = "\n".join([row["test_setup_code"], *row["test_list"]])
+    return run_tests(extract_code(MBPP.first_answer(text), next(iter(called_names(tests)), None)), tests).passed
 
 
 MBPP = Task(
@@ -219,6 +233,7 @@ MBPP = Task(
     ),
     solve=lambda row: f"{row['code']}\n[DONE]",
     is_right=_is_right_mbpp,
+    stop_strings=("[DONE]", "\nYou are an expert Python programmer, and here is your task:"),
     example_split="prompt",
     first_example=1,
     num_fewshot=3,
@@ -227,12 +242,10 @@ MBPP = Task(
 
 
 def _is_right_humaneval(row, text):
-    name = row["entry_point"]
-    program = extract_code(text, name)
-    head = row["prompt"].split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
-    is_whole = re.search(rf"^def {name}\b", program, re.MULTILINE)  # or the body alone
-    program = (head if is_whole else row["prompt"]) + program
-    return run_tests(program, f"{head}\n{row['test']}\ncheck({name})").passed  # helpers of the tests' own
+    name, prompt = row["entry_point"], row["prompt"]
+    head = prompt.split(f"def {name}")[0]  # imports, and functions that the wanted one calls, or its tests
+    program = extract_code(HUMANEVAL.first_answer(text), name, prompt)
+    return run_tests(program, f"{head}\n{row['test']}\ncheck({name})").passed
 
 
 HUMANEVAL = Task(
@@ -245,6 +258,7 @@ HUMANEVAL = Task(
         f"```python\n{row['prompt']}\n```\n "
     ),
     is_right=_is_right_humaneval,
+    stop_strings=("\nWrite a solution to the following problem and make sure",),
     runs_code=True,
 )
 TASKS = {"gsm8k": GSM8K, "math": MATH, "mbpp": MBPP, "humaneval": HUMANEVAL}

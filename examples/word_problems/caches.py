@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
-from solving import evaluate, load_model, paired_difference
+from solving import evaluate, load_model
 from transformers import AutoTokenizer
 
 from dparallel.hub_cards import here_and_now
 from dparallel.hub_cards.command_line import CommandParser
+from dparallel.hub_cards.measurements import paired_difference
 
 HERE = Path(__file__).parent
 DECODINGS = {
@@ -60,7 +61,7 @@ def main():
             evaluate(model, tokenizer, problems[:batch_size], "warm-up", batch_size, **decoding, **settings)
             result = evaluate(model, tokenizer, problems, cache, batch_size, **decoding, **settings)
             exact = result if exact is None else exact
-            difference = "" if result is exact else paired_difference(result.correct, exact.correct)
+            difference = "" if result is exact else str(paired_difference(result.correct, exact.correct))
             row = {"model": name, "cache": cache, "decoding": decoding | settings, "difference": difference}
             row |= {key: getattr(result, key) for key in ("nfe", "tpf", "seconds", "accuracy")}
             results["rows"].append(row)

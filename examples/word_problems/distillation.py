@@ -26,14 +26,14 @@ import torch
 from datasets import Dataset
 from evaluate_word_problems import WORD_PROBLEMS
 from problems import NUM_TEST_PROBLEMS, is_correct, to_conversation
-from solving import ANSWER_LENGTH, paired_difference
+from solving import ANSWER_LENGTH
 from train import generated_dataset
 from transformers import AutoTokenizer
 
 from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
 from dparallel.evaluation.sweep import plot, sweep
 from dparallel.hub_cards.command_line import CommandParser
-from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, fastest
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, fastest, paired_difference
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.resumable_shards import map_in_shards
@@ -329,7 +329,7 @@ def main():
         for path, way, where in zip((TEACHER, latest), (ONE_TOKEN, decoding), folders, strict=True):
             chosen.append(measure_one(path, way, where, amount(arguments.problems), stop))
         slow, fast = map(verdicts_of, folders)
-        differences += ["", paired_difference(fast, slow)]
+        differences += ["", str(paired_difference(fast, slow))]
     results = {
         "settings": {name: getattr(arguments, name) for name in ("num_prompts", "max_steps", "batch_size", "rounds")},
         "teacher": to_entries(teacher),

@@ -1,6 +1,5 @@
 """Decode word problems with a model and count what it took."""
 
-import statistics
 import time
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ import torch
 from problems import is_correct
 from tqdm import tqdm
 
+from dparallel.hub_cards.measurements import wilson_interval
 from dparallel.modeling import LLaDAModelLM
 
 ANSWER_LENGTH = 128  # tokens, end-of-text padding included
@@ -38,10 +38,8 @@ class Result:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95% Wilson score interval of the accuracy (Wilson 1927, https://doi.org/10.2307/2276774)."""
-        n, p, z = len(self.correct), self.accuracy, 1.96
-        centre, half = p + z**2 / (2 * n), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-        return (centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)
+        """95% interval of the accuracy."""
+        return wilson_interval(self.accuracy, len(self.correct))
 
 
 def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Result:
@@ -76,10 +74,3 @@ def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Res
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return Result(name, settings, correct, passes / len(problems), tokens / passes, time.perf_counter() - start)
-
-
-def paired_difference(rows, others):
-    """Difference of two accuracies on the same problems in points, with its 95% interval."""
-    differences = [int(a) - int(b) for a, b in zip(rows, others, strict=True)]
-    mean, error = statistics.mean(differences), statistics.stdev(differences) / len(differences) ** 0.5
-    return f"{100 * mean:+.1f} ({100 * (mean - 1.96 * error):+.1f} to {100 * (mean + 1.96 * error):+.1f})"

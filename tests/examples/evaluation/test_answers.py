@@ -37,6 +37,46 @@ from tests.examples.evaluation.rows import DATA, real_rows
         (".5 or 70.", "70"),
         (r"\$1{,}000", "1000"),
         ("12,345,678 of 1,23", "23"),
+        (r"9 left of the 24. \boxed{\text{15}}", "15"),
+        (r"2 and \boxed{\textbf{\$1,500}}", "1500"),
+        (r"\boxed{\text{15 apples}}", "15"),
+        (r"\boxed{\text{\textbf{-15}}}", "-15"),
+        (r"\boxed{\mathbf{x} = \mathrm{15}}", "15"),
+        (r"\boxed{20\text{ 5-pound bags}}", "20"),
+        (r"\boxed{9\,500} and", "9500"),
+        (r"\boxed{9\;500}", "9500"),
+        (r"\boxed{9\ 500}", "9500"),
+        (r"\boxed{1~009~500}", "1009500"),
+        (r"\boxed{9,\!500}", "9500"),
+        ("it is 9\u202f500", "9500"),
+        (r"\boxed{9 500}", "9500"),
+        (r"\boxed{12\,345.5}", "12345.5"),
+        (r"\boxed{24 m^2}", "24"),
+        (r"\boxed{24\ \mathrm{cm}^{3}}", "24"),
+        ("24 cm**2 of 24 m\u00b2", "24"),
+        ("an area of 24 ft2", "24"),
+        (r"\boxed{90^{\circ}}", "90"),
+        (r"\boxed{5^{th}}", "5"),
+        (r"\boxed{10^3}", "1000"),
+        (r"\boxed{2^{10}}", "1024"),
+        ("10\u00b3", "1000"),
+        (r"\boxed{-2^2}", "-4"),
+        (r"\boxed{5 \times 10^3}", "5000"),
+        (r"\boxed{3\cdot 10^{-2}}", "3/100"),
+        ("1.5e3", "1500"),
+        ("it was 3 x 10 = 30", "30"),
+        (r"\boxed{- 5}", "-5"),
+        ("#### - 5", "-5"),
+        ("x = - 5", "-5"),
+        (r"\boxed{- \frac{1}{2}}", "-1/2"),
+        (r"\boxed{- \$5}", "-5"),
+        (r"\boxed{7 - 5}", "5"),
+        ("7 - 5", "5"),
+        (r"\boxed 1,000", "1000"),
+        (r"\fbox{\text{8}}", "8"),
+        (r"\boxed{\left\{8\right.}", "8"),
+        (r"\boxed{{8}}", "8"),
+        ("7\n\u2212 8", "8"),
         ("x = 6/0", None),
         ("none", None),
         ("", None),
@@ -58,6 +98,15 @@ def test_formulas_are_compared_as_formulas():
     assert same_formula(r"\boxed{\sqrt{2}}", r"\sqrt{2}"), "a reference may be the expression alone"
     with pytest.raises(ValueError, match="has no expression"):
         same_formula(r"\boxed{1}", "")
+    for text, expected in (
+        (r"At first \boxed{3}, but really \boxed{7}.", "7"),
+        (r"\boxed{3} and \boxed{5}", "5"),
+        (r"\boxed{3} and \boxed{5}", r"\{3, 5\}"),
+        (r"\fbox{7}", "7"),
+        (r"\boxed{\frac{1}{\sqrt{2}}} \boxed{7}", r"\fbox{7}"),
+    ):
+        assert same_formula(text, rf"\boxed{{{expected}}}" if "box" not in expected else expected), text
+    assert not same_formula(r"At first \boxed{3}, but really \boxed{7}.", "3")
     assert same_formula(r"\boxed{(x+1)(x-1)}", r"\boxed{x^2-1}") and not same_formula(r"\boxed{x}", r"\boxed{y}")
 
 
@@ -69,21 +118,18 @@ def test_every_answer_of_gsm8k_is_read():
             assert answers.final_number(answer) == Fraction(answer.split("####")[1].strip().replace(",", ""))
 
 
+@real_rows
 @pytest.mark.parametrize(
-    ("text", "entry_point", "code"),
+    "write",
     [
-        ("Here:\n```python\ndef f():\n    pass\n```\nDone.", None, "def f():\n    pass"),
-        ("```\nx = 1\n```\n```py\ndef f(): pass\n```", "f", "def f(): pass"),
-        ("```python\nx = 1\n```", "f", "x = 1"),
-        ("```python\ndef f():\n    return 1", "f", "def f():\n    return 1"),  # cut off
-        ("def f(): pass\n```", "f", "def f(): pass"),
-        ("```bash\npip install x\n```\n```Python3\r\ndef f(): pass\r\n```", None, "def f(): pass"),
-        ("1. so\n   ```python\n   def f():\n       pass```", "f", "def f():\n    pass"),
-        ("```\nassert f()\n```\n```\ndef f(): pass\n```", "f", "def f(): pass"),
-        ("[BEGIN]\ndef f(): pass\n[DONE]\n[BEGIN]\ndef g(): pass\n```python\nf()\n```", "f", "def f(): pass"),
-        ("[BEGIN]\ndef f(): pass\n[DONE]\nand more", None, "def f(): pass"),
-        ("\ndef f(): pass\n", None, "def f(): pass"),
+        lambda number: rf"\boxed{{\text{{{number}}}}}",
+        lambda number: rf"\boxed{{\${number}\text{{ dollars}}}}",
+        lambda number: rf"\boxed{{{number}\ \text{{cm}}^2}}",
+        lambda number: r"\boxed{{{}}}".format(number.replace(",", "{,}")),
+        lambda number: r"\boxed{{{}}}".format(number.replace(",", r"\ ")),
     ],
 )
-def test_extract_code(text, entry_point, code):
-    assert answers.extract_code(text, entry_point) == code
+def test_answers_of_gsm8k_in_other_forms(write):
+    for line in (DATA / "gsm8k_test.jsonl").read_text().splitlines():
+        reasoning, _, number = json.loads(line)["answer"].partition("####")
+        assert same_number(f"{reasoning}It is {write(number.strip())}.", number)

@@ -67,10 +67,16 @@ def test_word_problems_from_the_shell(tmp_path):
     arguments = ["--model", STUDENT, "--limit", 4, "--batch-size", 4, "--output-dir", tmp_path / "out"]
     result = run(WORD_PROBLEMS_SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
-    assert "| Word problems, 4 | student | as shipped |" in result.stdout
+    row = "| Word problems, 4 | student | as shipped: `entropy_threshold`, threshold 0.1 | "
+    assert row in result.stdout and "| 100.0 (51.0 to 100.0) |" in result.stdout
     assert "right=" in result.stderr and "NFE=" in result.stderr
     result = load_measurements(tmp_path / "out" / "results.json")[0]
     assert result.accuracy == 1 and result.nfe < 10, "the student's own policy"
+    assert result.decoding == {} and result.checkpoint == "student" and result.adapter is None
+    assert result.resolved_decoding == {
+        "unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 128, "block_length": 32,
+        "block_cache": "none", "stop_at_eos": True,
+    }  # fmt: skip
     problem = evaluate_word_problems.WORD_PROBLEMS.load()[0]
     assert samples(tmp_path / "out")[0]["prompt"][0]["content"] == problem["question"]
 
@@ -124,9 +130,25 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
         assert {name: getattr(model.generation_config, name) for name in decoding} == decoding
         torch.testing.assert_close(model(ids).logits, expected)
     assert (expected - without).abs().max() > 0.1
-    flags = ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter", "--data", questions, "--max-new-tokens", 32]
-    result = call(GSM8K_SCRIPT, *flags, "--output-dir", tmp_path / "out")
-    assert result.returncode == 0 and "| GSM8K, 3 |" in result.stdout, result.stderr
+    ways = {
+        "base": ["--model", CHECKPOINT, "--adapter", tmp_path / "adapter"],
+        "alone": ["--model", tmp_path / "adapter"],
+    }
+    for name, flags in ways.items():
+        flags += ["--data", questions, "--max-new-tokens", 32, "--output-dir", tmp_path / name]
+        result = call(GSM8K_SCRIPT, *flags)
+        assert result.returncode == 0 and "`entropy_bound`, threshold 0.3" in result.stdout, result.stderr
+    for name in ("results.json", "samples.jsonl"):
+        assert (tmp_path / "base" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    found = load_measurements(tmp_path / "alone" / "results.json")[0]
+    assert (found.checkpoint, found.adapter) == ("checkpoint", "adapter")
+    assert decoding.items() <= found.resolved_decoding.items()
+    result = call(GSM8K_SCRIPT, "--model", tmp_path / "adapter", "--adapter", tmp_path / "adapter")
+    assert result.returncode == 1 and "is not allowed: `model=" in result.stderr
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
+    result = call(GSM8K_SCRIPT, "--model", tmp_path / "adapter")
+    assert result.returncode == 1 and "it is an adapter that does not name its base model" in result.stderr
 
 
 def test_programs_are_run_only_if_allowed(tmp_path):
@@ -192,6 +214,54 @@ def test_right_and_wrong_programs(monkeypatch):
         assert HUMANEVAL.is_right(FUNCTION, answer), answer
     for answer in ("    return x", "```python\ndef double(x):\n    return 3 * x\n```", "", "no idea", REDEFINED):
         assert not HUMANEVAL.is_right(FUNCTION, answer), answer
+
+
+RUN_ON = {
+    GSM8K: (QUESTIONS[0], "12 + 8 = 20. The answer is \\boxed{20}.", "\n\nQuestion: 6 * 7?\nAnswer: \\boxed{42}"),
+    MATH: ({"solution": r"So \boxed{7}."}, r"It is \boxed{7}.", "\n\nProblem:\nWhat is 2+2?\n\nSolution: \\boxed{4}"),
+    MBPP: (PROGRAM, PROGRAM["code"], "\n[DONE]\n\nAnother:\n[BEGIN]\ndef double(x):\n    return x\n[DONE]"),
+    HUMANEVAL: (
+        FUNCTION, FUNCTION["canonical_solution"],
+        "\nWrite a solution to the following problem and make sure that it passes the tests:\ndef double(x): return 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("task", RUN_ON, ids=lambda task: task.name)
+def test_a_question_of_the_models_own_does_not_count(task, monkeypatch):
+    monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
+    row, answer, more = RUN_ON[task]
+    assert task.is_right(row, answer) and task.is_right(row, answer + more)
+    assert not task.is_right(row, more.strip())
+    assert task.first_answer(answer + more) == task.first_answer(answer + more + more)
+
+
+def test_a_question_that_is_repeated_before_the_answer_is_no_end():
+    row = QUESTIONS[0]
+    assert GSM8K.is_right(row, f"Question: {row['question']}\nAnswer: \\boxed{{20}}")
+    assert GSM8K.is_right(row, f"Let us see.\n\nQuestion: {row['question']}\nAnswer: \\boxed{{20}}")
+
+
+@real_rows
+def test_references_of_gsm8k_before_another_question():
+    for line in (DATA / "gsm8k_test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        reasoning, _, number = row["answer"].partition("####")
+        answer = f"{reasoning}The answer is \\boxed{{{number.strip()}}}."
+        assert GSM8K.is_right(row, f"{answer}\n\nQuestion: How many are 6 * 7?\nAnswer: It is \\boxed{{42}}.")
+
+
+def test_decoding_stops_at_a_question_of_the_models_own(word_model, word_tokenizer, questions, tmp_path):
+    """The model in the box writes no questions: any word that it does write does for one."""
+    arguments = {"data": questions, "max_new_tokens": 96, "unmasking": "confidence"}
+    whole = evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path / "whole", **arguments)
+    task = replace(GSM8K, stop_strings=("=",))
+    result = evaluate_task(task, word_model, word_tokenizer, tmp_path / "out", **arguments)
+    for ended, full in zip(samples(tmp_path / "out"), samples(tmp_path / "whole"), strict=True):
+        assert ended["response"].rstrip() == full["response"].partition("=")[0] + "="
+    assert result.resolved_decoding["stop_strings"] == ["="] and result.nfe <= whole.nfe
+    result = evaluate_task(task, word_model, word_tokenizer, tmp_path / "all", stop_at_eos=False, **arguments)
+    assert "stop_strings" not in result.resolved_decoding and result.nfe == 96
 
 
 def test_formulas():

@@ -1,6 +1,7 @@
 """Sweeps and calibration, from the shell on the model in the box, and their arithmetic on points that are made up."""
 
 import json
+import random
 import re
 import shutil
 from dataclasses import replace
@@ -10,7 +11,13 @@ import pytest
 from dparallel.evaluation import calibrate as calibration
 from dparallel.evaluation import sweep as sweeping
 from dparallel.evaluation.command_line import find_task
-from dparallel.hub_cards.measurements import Measurement, fastest, load_measurements
+from dparallel.hub_cards.measurements import (
+    Difference,
+    Measurement,
+    fastest,
+    load_measurements,
+    paired_difference,
+)
 from tests.golden import CHECKPOINT, STUDENT
 from tests.scripts import call
 
@@ -65,6 +72,8 @@ def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_pa
     assert (config["unmasking"], config["threshold"]) == ("entropy_threshold", 0.1), "30 nats accept everything"
     assert config["max_new_tokens"] == 100, "the rest stays"
     assert len(load_measurements(tmp_path / "out" / "results.json")) == 2 and str(tmp_path / "out") in result.stdout
+    assert "threshold 0.1, max_new_tokens 128: +0.0 (-65.8 to +0.0) points against the bar of 100%" in result.stdout
+    assert "Warning: `margin=0.0`, 0 points, is inside the noise: on these 2 problems" in result.stderr
     result = call("dparallel.evaluation.calibrate", *flags, "--thresholds", 30)
     assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
 
@@ -77,12 +86,37 @@ def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
     )
     assert points[0].decoding == {"unmasking": "confidence", "steps": 128, "block_cache": "none"}
     assert points[0].nfe > 2 * points[1].nfe and points[0].accuracy == 1 and chosen == points[1]
+    difference = calibration.difference_to_slow(tmp_path, chosen, points)
+    assert difference == paired_difference([True, True], [True, True])
+    assert "About" in calibration.warning_of_noise(difference, 0.01, 2)
     for wrong in ({"margin": 1.5}, {"bar": -1}):
         with pytest.raises(ValueError, match=rf"`{next(iter(wrong))}=.* is not allowed: it must be from 0 to 1"):
             calibration.calibrate(task, word_model, word_tokenizer, tmp_path, "entropy_threshold", [0.1], **wrong)
     with pytest.raises(ValueError, match="`threshold=9` is not allowed"):
         calibration.calibrate(task, word_model, word_tokenizer, tmp_path / "new", "confidence_threshold", [0.9, 9])
     assert not (tmp_path / "new").exists(), "before slow decoding"
+
+
+def test_noise_is_said():
+    few, many = [True, False] * 8, [True, False] * 5000
+    difference = paired_difference(few, few)
+    assert difference.mean == 0 and difference.low < -0.1 and difference.high == -difference.low
+    assert "16 problems up to 15.4 points may be lost. About" in calibration.warning_of_noise(difference, 0.01, 16)
+    assert calibration.warning_of_noise(paired_difference(many, many), 0.01, 10000) is None
+    worse = calibration.warning_of_noise(Difference(-0.02, -0.03, -0.01), 0.02, 900)
+    assert "up to 3.0 points may be lost" in worse and "further inside the margin" in worse
+    assert str(Difference(0.003, -0.005, 0.012)) == "+0.3 (-0.5 to +1.2)"
+
+
+def test_the_paired_interval_covers():
+    """Drawn from known chances, 95% of the intervals hold the true difference."""
+    generator, covered = random.Random(0), 0
+    for _ in range(400):
+        draws = [generator.random() for _ in range(60)]  # 10% gained, 25% lost
+        first, second = [0.25 <= each for each in draws], [not 0.25 <= each < 0.35 for each in draws]
+        difference = paired_difference(first, second)
+        covered += difference.low <= 0.1 - 0.25 <= difference.high
+    assert 0.93 <= covered / 400 <= 0.99
 
 
 def test_points_become_curves_and_areas():

@@ -11,12 +11,12 @@ from dparallel.hub_cards.push_command import add_push_arguments, run_push
 def main():
     program, about = "python -m dparallel.hub_cards.push_dataset", __doc__.splitlines()[0]
     parser = CommandParser(prog=program, description=about)
-    parser.add_argument("dataset", help="folder of save_to_disk(), or of examples/generate_trajectories.py")
+    parser.add_argument("dataset", help="folder of save_to_disk(), generate_trajectories.py or distill.py")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--model", help="Hub id of the teacher")
     parser.add_argument("--sources", nargs="+", metavar="ID", help="datasets that the prompts come from")
-    parser.add_argument("--license")
-    parser.add_argument("--language", nargs="+")
+    parser.add_argument("--license", help="apache-2.0, for example")
+    parser.add_argument("--language", nargs="+", help="en, for example")
     parser.add_argument("--limitations", nargs="+", default=[], metavar="SENTENCE")
     add_push_arguments(parser)
     run_push(push_dataset, vars(parser.parse_args()))

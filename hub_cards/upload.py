@@ -13,9 +13,17 @@ import dparallel.modeling  # also registers the model families with AutoModelFor
 logger = logging.get_logger(__name__)
 
 ATTEMPTS, WAIT = 4, 2.0  # of the commit; seconds before the second, doubled each time
-MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.md", "*.txt", "*.model", "*.png")
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.py", "*.jinja", "*.md", "*.txt", "*.model", "*.tiktoken", "*.png", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # where a tokenizer saves those beside its default one
 PATTERNS = {
-    "model": (*MODEL_FILES, *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py"))),
+    "model": (
+        *MODEL_FILES,
+        f"{TEMPLATES}/*.jinja",
+        *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py")),
+    ),
     "dataset": ("*.md", "data/*.parquet"),
 }
 INSTALLED = Path(dparallel.modeling.__file__).parent  # the code that goes along
@@ -29,6 +37,8 @@ def is_ours(path, repo_type) -> bool:
         return folder == "data" and name.endswith(".parquet")
     is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
     is_code = name.endswith(".py") and (INSTALLED / name).exists()
+    if folder == TEMPLATES:
+        return name.endswith(".jinja")
     return folder in ("", "unmasking_filter") and (is_weights or is_code or path == "training_args.bin")
 
 

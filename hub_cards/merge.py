@@ -89,9 +89,8 @@ def load_adapted(adapter, base_model=None, **model_init_kwargs) -> PeftModel:
             hold.
     """
     model = _load(adapter, base_model, model_init_kwargs)
-    model.generation_config = model.base_model.model.generation_config = _updated(
-        model.generation_config, decoding_of(adapter)
-    )
+    base = model.get_base_model()
+    base.generation_config = _updated(base.generation_config, decoding_of(adapter))
     return model
 
 

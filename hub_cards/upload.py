@@ -17,6 +17,10 @@ MODEL_FILES = (
     "*.safetensors", "*.json", "*.py", "*.jinja", "*.md", "*.txt", "*.model", "*.tiktoken", "*.png", "LICENSE*",
     "NOTICE*",
 )  # fmt: skip
+READ_BY_LOADERS = (
+    "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "training.json",
+    "training_args.bin",
+)  # fmt: skip
 TEMPLATES = "additional_chat_templates"  # where a tokenizer saves those beside its default one
 PATTERNS = {
     "model": (
@@ -35,11 +39,11 @@ def is_ours(path, repo_type) -> bool:
     folder, _, name = path.rpartition("/")
     if repo_type == "dataset":
         return folder == "data" and name.endswith(".parquet")
-    is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
-    is_code = name.endswith(".py") and (INSTALLED / name).exists()
     if folder == TEMPLATES:
         return name.endswith(".jinja")
-    return folder in ("", "unmasking_filter") and (is_weights or is_code or path == "training_args.bin")
+    is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
+    is_code = name.endswith(".py") and (INSTALLED / name).exists()
+    return (folder in ("", "unmasking_filter") and (is_weights or is_code)) or path in READ_BY_LOADERS
 
 
 def files_to_push(folder, repo_type="model") -> dict[str, Path]:

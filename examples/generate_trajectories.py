@@ -20,6 +20,7 @@ from yaml import YAMLError
 
 from dparallel.evaluation.command_line import load_from_file
 from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.hub_ids import is_hub_id
 from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
 
@@ -111,13 +112,14 @@ def as_prompts(arguments, rows):
 
 
 def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size, **decoding):
-    """Trajectories of the model that `model_arguments` name; `decoding` holds arguments of its `generate()`."""
+    """Trajectories of the model that `model_arguments` name, which are also saved, in `trajectories_dir/dataset`;
+    `decoding` holds arguments of its `generate()`."""
     name = model_arguments.model_name_or_path
     tokenizer = AutoTokenizer.from_pretrained(name, revision=model_arguments.model_revision)
     model = AutoModelForCausalLM.from_pretrained(name, **init_kwargs(model_arguments))
     if getattr(model, "hf_quantizer", None) is None:  # those lie where they are to be
         model.to(PartialState().device)
-    return generate_trajectories(
+    dataset = generate_trajectories(
         model,
         tokenizer,
         prompts,
@@ -127,6 +129,11 @@ def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size,
         shard_size=arguments.shard_size,
         **decoding,
     )
+    if is_hub_id(arguments.dataset_name):
+        dataset.info.dataset_name = arguments.dataset_name  # for the cards of what is made from it
+    if PartialState().is_main_process:
+        dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")
+    return dataset
 
 
 def main():
@@ -142,7 +149,6 @@ def main():
         decoding["threshold"] = arguments.threshold
     dataset = teacher_trajectories(arguments, model_arguments, prompts, judge, arguments.batch_size, **decoding)
     if state.is_main_process:
-        dataset.save_to_disk(Path(arguments.trajectories_dir) / "dataset")
         passes, judged = dataset["num_forward_passes"][:], [row for row in dataset["correct"][:] if row is not None]
         right = f", {sum(judged)} of {len(judged)} right" if judged else ""
         print(f"{len(dataset)} trajectories of {sum(passes) / len(passes):.1f} passes each{right}.")

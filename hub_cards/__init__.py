@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .dataset_cards import dataset_card
     from .measurements import Measurement, here_and_now, load_measurements
-    from .merge import merge_adapter
+    from .merge import load_adapted, merge_adapter
     from .model_cards import model_card
     from .pushing import push_dataset, push_model
 
@@ -18,6 +18,7 @@ _MODULES = {
     "Measurement": "measurements",
     "dataset_card": "dataset_cards",
     "here_and_now": "measurements",
+    "load_adapted": "merge",
     "load_measurements": "measurements",
     "merge_adapter": "merge",
     "model_card": "model_cards",
@@ -28,6 +29,7 @@ __all__ = [
     "Measurement",
     "dataset_card",
     "here_and_now",
+    "load_adapted",
     "load_measurements",
     "merge_adapter",
     "model_card",

@@ -7,6 +7,7 @@ from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
 
+from .card_metadata import as_list, check_card_metadata
 from .model_cards import TAGS, bibtex
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md.jinja")
@@ -34,13 +35,17 @@ def dataset_card(
         splits (dict of `str` to `Dataset`): by name.
         repo_id (`str`): where it is going, "user/name".
         model (`str`, *optional*): Hub id of the teacher.
-        sources (list of `str`, *optional*): Hub ids of the datasets that the prompts come from.
-        license (`str`, *optional*), language (`str` or list of `str`, *optional*).
-        limitations (list of `str`): in addition to what holds for all such datasets.
+        sources (`str` or list of `str`, *optional*): Hub ids of the datasets that the prompts come from.
+        license (`str`, *optional*): one of the Hub's identifiers, "apache-2.0".
+        language (`str` or list of `str`, *optional*): ISO 639 codes, "en".
+        limitations (`str` or list of `str`): in addition to what holds for all such datasets.
 
     Raises:
-        ValueError: if a split holds no trajectories.
+        ValueError: if a split holds no trajectories, or for what the Hub does not take as `model`, `sources`,
+            `license` or `language`.
     """
+    check_card_metadata(license=license, language=language, model=model, sources=sources)
+    sources = as_list(sources)
     for name, rows in splits.items():
         missing = {"input_ids", "prompt_length", "num_forward_passes"} - set(rows.column_names)
         if missing or len(rows) == 0:
@@ -50,7 +55,7 @@ def dataset_card(
         pretty_name=repo_id.split("/")[-1],
         license=license,
         language=language,
-        source_datasets=sources,
+        source_datasets=sources or None,
         size_categories=[next((word for limit, word in SIZES if count < limit), "n>1M")],
         task_categories=["text-generation"],
         tags=TAGS,
@@ -77,11 +82,11 @@ def dataset_card(
         splits=counts,
         settings=_as_arguments(settings),
         seed=first["seed"][0] if "seed" in first.column_names else "unknown",
-        sources=[f"[{source}](https://huggingface.co/datasets/{source})" for source in sources or []],
+        sources=[f"[{source}](https://huggingface.co/datasets/{source})" for source in sources],
         columns=first.column_names,
         described=DESCRIBED,
         judged=any(each["correct"] is not None for each in counts),
-        limitations=limitations,
+        limitations=as_list(limitations),
         citation=bibtex("dparallel"),
     )
 

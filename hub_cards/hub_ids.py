@@ -3,12 +3,24 @@
 import re
 from pathlib import Path
 
-HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+")
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+", re.ASCII)
+
+
+def looks_like_hub_id(name) -> bool:
+    """May it be "user/name" on the Hub, by its form?"""
+    try:
+        validate_repo_id(str(name))
+    except HFValidationError:
+        return False
+    return bool(HUB_ID.fullmatch(str(name)))
 
 
 def is_hub_id(name) -> bool:
     """Is it a Hub id, and no folder of this machine?"""
-    return bool(name and HUB_ID.fullmatch(str(name)) and not Path(name).exists())
+    return bool(name) and looks_like_hub_id(name) and not Path(name).exists()
 
 
 def check_folder_or_hub_id(name, value):

@@ -2,25 +2,34 @@
 
 import copy
 import json
-import shutil
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+import torch
+from peft import PeftConfig, PeftModel, load_peft_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
+from .hub_ids import check_folder_or_hub_id, is_hub_id
 from .model_cards import TRAINING_FILE
+
+# Where peft keeps the weight of a whole embedding or head, behind the module's name.
+WHOLE_WEIGHTS = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
 
 
 def merge_adapter(
     adapter, output_dir, tokenizer=None, *, base_model=None, model_init_kwargs=None, **generation_settings
 ):
-    """Merge an adapter into its base model and save the result: weights, remote code, tokenizer, and a
-    `generation_config.json` with the policy and threshold that the model was distilled for.
+    """Merge an adapter into its base model and save the result: weights, remote code, tokenizer, a
+    `generation_config.json` with the policy and threshold that the model was distilled for, and the `training.json`
+    that its card is filled from.
 
         merge_adapter("out", "merged", unmasking="entropy_threshold", threshold=0.5)
+
+    Embedding and head that share their weights go apart where the adapter makes them differ, and `config.json` says
+    which of the two is the case.
 
     Args:
         adapter (`PeftModel`, `str` or `Path`): the trained model, whose adapter is merged in place, or a folder or Hub
@@ -29,50 +38,206 @@ def merge_adapter(
         tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to the adapter's, or else to the base model's.
         base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
         model_init_kwargs (`dict`, *optional*): of `from_pretrained` for the base model; `dtype="auto"` by default.
-        generation_settings: fields of `DiffusionGenerationConfig`; by default what the folder's `training.json` says
-            that the adapter was distilled for.
+        generation_settings: fields of `DiffusionGenerationConfig`. They are added to what the training says that the
+            adapter was distilled for; one that names a policy, `unmasking`, stands in place of it.
 
     Returns:
         `PreTrainedModel`: the merged model.
 
     Raises:
-        ValueError: if there is no adapter, if it is one that cannot be merged, or for wrong generation settings.
+        ValueError: before anything is written: if there is no adapter, if it is one that cannot be merged, if its base
+            model is missing or lacks tokens that the adapter does not hold, or for wrong generation settings.
     """
     if isinstance(adapter, PreTrainedModel):
         raise ValueError(f"`adapter` is a {type(adapter).__name__} without an adapter: save_pretrained() is enough.")
     source = None
     if not isinstance(adapter, PeftModel):
         source = str(adapter)
-        base_model = base_model or PeftConfig.from_pretrained(source).base_model_name_or_path
-        base = AutoModelForCausalLM.from_pretrained(base_model, **{"dtype": "auto", **(model_init_kwargs or {})})
-        adapter = PeftModel.from_pretrained(base, source)
-    config = adapter.active_peft_config
-    if not hasattr(adapter.base_model, "merge_and_unload") or config.is_prompt_learning:
-        raise ValueError(f"`adapter` is of type {config.peft_type.value}, which has no weights to merge.")
-    if source is not None and not generation_settings:
-        generation_settings = decoding_of(source)
+        _check_mergeable(_adapter_config(source))
+        adapter = _load(source, base_model, model_init_kwargs or {})
+    for name in adapter.active_adapters:
+        _check_mergeable(adapter.peft_config[name])
+    if not hasattr(adapter.base_model, "merge_and_unload"):
+        raise ValueError(_has_nothing_to_merge(adapter.active_peft_config))
+    training = getattr(adapter, "training_record", {}) if source is None else training_of(source)
+    if "unmasking" not in generation_settings:
+        generation_settings = {**(training.get("decoding") or {}), **generation_settings}
     # Before the merge, so that a wrong setting leaves the model as it was.
-    generation_config = copy.deepcopy(adapter.generation_config)
-    if generation_settings.get("unmasking", generation_config.unmasking) != generation_config.unmasking:
-        generation_settings = {"threshold": None, "steps": None, **generation_settings}  # not the other policy's
-    unknown = generation_config.update(**generation_settings)
-    if unknown:
-        raise ValueError(f"{sorted(unknown)} are no fields of {type(generation_config).__name__}.")
+    generation_config = _updated(adapter.generation_config, generation_settings)
     if tokenizer is None:
-        has_own = source is not None and (Path(source) / "tokenizer_config.json").exists()
-        tokenizer = AutoTokenizer.from_pretrained(source if has_own else base_model or config.base_model_name_or_path)
-    model = adapter.merge_and_unload(safe_merge=True)
+        tokenizer = load_tokenizer(source, base_model or adapter.active_peft_config.base_model_name_or_path)
+    model = _merged(adapter)
     model.generation_config = generation_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
-    if source is not None and (Path(source) / TRAINING_FILE).exists():
-        shutil.copy(Path(source) / TRAINING_FILE, output_dir)  # for its card
+    if training:
+        (Path(output_dir) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n")
     return model
+
+
+def load_adapted(adapter, base_model=None, **model_init_kwargs) -> PeftModel:
+    """Load an adapter on its base model, not merged, to decode as it was distilled to. An adapter that was trained
+    after tokens were added holds the rows of all tokens; the base model is given as many before it is loaded.
+
+    Args:
+        adapter (`str` or `Path`): folder or Hub id of the adapter.
+        base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
+        model_init_kwargs: of `from_pretrained` for the base model; `dtype="auto"` by default.
+
+    Raises:
+        ValueError: if there is no adapter, or its base model is missing or lacks tokens that the adapter does not
+            hold.
+    """
+    model = _load(adapter, base_model, model_init_kwargs)
+    base = model.get_base_model()
+    base.generation_config = _updated(base.generation_config, decoding_of(adapter))
+    return model
+
+
+def load_tokenizer(adapter=None, base_model=None) -> PreTrainedTokenizerBase:
+    """The tokenizer beside an adapter, or else that of its base model: each a folder or Hub id, or None.
+
+    Raises:
+        ValueError: if there is neither, naming what is missing.
+    """
+    if adapter is not None and _file_of(adapter, "tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(adapter)
+    if not base_model:
+        raise ValueError("`tokenizer=None`, and there is none beside the model, nor a known base model: pass one.")
+    _check_base_model(base_model, adapter)
+    return AutoTokenizer.from_pretrained(base_model)
+
+
+def training_of(source) -> dict:
+    """What the `training.json` of an adapter or a model, a folder or Hub id, says; {} if there is none."""
+    path = _file_of(source, TRAINING_FILE)
+    return json.loads(Path(path).read_text()) if path else {}
 
 
 def decoding_of(source) -> dict:
     """The arguments of `generate()` that an adapter or a model, a folder or Hub id, was distilled for; {} if its
     `training.json` does not say."""
+    return training_of(source).get("decoding") or {}
+
+
+def _file_of(source, name):
     missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    path = cached_file(str(source), TRAINING_FILE, **missing)
-    return {} if path is None else json.loads(Path(path).read_text()).get("decoding") or {}
+    return cached_file(str(source), name, **missing)
+
+
+def _adapter_config(adapter):
+    check_folder_or_hub_id("adapter", adapter)
+    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").exists():
+        raise ValueError(f"`adapter={str(adapter)!r}` is not allowed: the folder holds no adapter_config.json.")
+    return PeftConfig.from_pretrained(str(adapter))
+
+
+def _has_nothing_to_merge(config):
+    return f"`adapter` is of type {config.peft_type.value}, which has no weights to merge."
+
+
+def _check_mergeable(config):
+    if config.is_prompt_learning:
+        raise ValueError(_has_nothing_to_merge(config))
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "`adapter` is an activated LoRA (`alora_invocation_tokens`), which acts on some tokens alone: it has no "
+            "weights to merge. Push it as it is (`merge=False`)."
+        )
+
+
+def _check_base_model(base_model, adapter=None, is_given=True):
+    """Is there such a folder, or may the Hub have it?"""
+    if Path(base_model).is_dir() or is_hub_id(base_model):
+        return
+    says = "" if is_given else f" in which `adapter={str(adapter)!r}` says that it is"
+    raise ValueError(
+        f"The base model {str(base_model)!r} is missing: there is no such folder{says}, and a Hub id is 'user/name'. "
+        f"Pass `base_model=`, the folder or Hub id of the model that the adapter was trained on."
+    )
+
+
+def _load(adapter, base_model, model_init_kwargs):
+    """The adapter on its base model, with as many rows for tokens as it was trained with."""
+    config = _adapter_config(adapter)
+    name, is_given = base_model or config.base_model_name_or_path, base_model is not None
+    if not name:
+        raise ValueError(
+            f"`adapter={str(adapter)!r}` does not say which base model it was trained on: pass `base_model=`, its "
+            f"folder or Hub id."
+        )
+    _check_base_model(name, adapter, is_given)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **model_init_kwargs})
+    except OSError as error:
+        says = "" if is_given else f", which `adapter={str(adapter)!r}` names,"
+        raise ValueError(
+            f"The base model {str(name)!r}{says} could not be loaded: pass `base_model=`, the folder or Hub id of the "
+            f"model that the adapter was trained on. ({error})"
+        ) from error
+    _resize(base, adapter, model_init_kwargs.get("trust_remote_code"))
+    return PeftModel.from_pretrained(base, str(adapter))
+
+
+def _resize(base, adapter, trust_remote_code):
+    """Give embedding and head as many rows as those have that the adapter was trained with. Of tokens that were added
+    the adapter must hold the rows: they are nowhere else."""
+    parts = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
+    rows, held, needed = len(parts["embedding"].weight), {}, 0
+    names = {id(module): f"base_model.model.{name}." for name, module in base.named_modules()}
+    for key, weight in load_peft_weights(str(adapter), device="cpu").items():
+        for part, module in parts.items():
+            suffix = key.removeprefix(names[id(module)])
+            if suffix in WHOLE_WEIGHTS:
+                held[part] = len(weight)
+            elif suffix == "lora_embedding_A":
+                needed = weight.shape[1]
+            elif suffix == "lora_B.weight" and part == "head":
+                needed = weight.shape[0]
+    if _file_of(adapter, "tokenizer_config.json"):
+        needed = max(needed, len(AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)))
+    wanted = max(held.values(), default=max(rows, needed))
+    missing = [part for part in parts if part not in held]
+    if wanted > rows and missing and not (held and base.config.tie_word_embeddings):
+        raise ValueError(
+            f"`adapter={str(adapter)!r}` was trained with {wanted} tokens, and its base model has {rows}: the adapter "
+            f"does not hold the others' rows of {' and '.join(missing)}. Merge the trained model before it leaves the "
+            f"memory, or pass the resized model that it was trained on as `base_model=`."
+        )
+    if wanted != rows:
+        base.resize_token_embeddings(wanted, mean_resizing=False)
+
+
+def _updated(generation_config, settings):
+    """A copy of it with these settings; of another policy it takes that policy's own threshold or steps."""
+    config = copy.deepcopy(generation_config)
+    if settings.get("unmasking", config.unmasking) != config.unmasking:
+        settings = {"threshold": None, "steps": None, **settings}
+    unknown = config.update(**settings)
+    if unknown:
+        raise ValueError(f"{sorted(unknown)} are no fields of {type(config).__name__}.")
+    return config
+
+
+def _merged(adapter):
+    """The plain model. A weight that embedding and head share would take up what the adapter does to either of them:
+    each is merged into its own, and they share one again if both came out the same."""
+    base = adapter.get_base_model()
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    shared = set() if head is None else set(embedding.parameters()) & set(head.parameters())
+    for module in head.modules() if shared else ():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter in shared:
+                setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
+    if shared:
+        base.config.tie_word_embeddings = False
+    try:
+        model = adapter.merge_and_unload(safe_merge=True)
+    except NotImplementedError as error:
+        raise ValueError(f"`adapter` cannot be merged: {error}") from error
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if shared and torch.equal(embedding.weight, head.weight):
+        head.weight = embedding.weight
+    if head is not None:
+        model.config.tie_word_embeddings = head.weight is embedding.weight
+    return model

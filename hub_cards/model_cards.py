@@ -8,8 +8,12 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers.utils import logging
 
+from dparallel.modeling import POLICIES
+
+from .card_metadata import as_list, check_card_metadata
 from .hub_ids import is_hub_id
 from .measurements import RESULTS_FILE, eval_results, load_measurements
+from .requirements import PACKAGE, from_sources, install_command, needs_python
 
 logger = logging.get_logger(__name__)
 
@@ -71,16 +75,19 @@ def model_card(
         folder (`str` or `Path`): as `save_pretrained` leaves it.
         repo_id (`str`): where it is going, "user/name".
         base_model (`str`, *optional*): Hub id; by default what the training or the adapter says, if that is one.
-        datasets (list of `str`, *optional*): Hub ids; by default what the training says.
-        license (`str`, *optional*): by default the base model's, if it can be found.
-        language (`str` or list of `str`, *optional*): "en".
-        limitations (list of `str`): in addition to what holds for all such models.
+        datasets (`str` or list of `str`, *optional*): Hub ids; by default what the training says.
+        license (`str`, *optional*): one of the Hub's identifiers, "apache-2.0"; by default the base model's, if it can
+            be found.
+        language (`str` or list of `str`, *optional*): ISO 639 codes, "en".
+        limitations (`str` or list of `str`): in addition to what holds for all such models.
         prompt (`str`, *optional*), printed (`str`, *optional*), printed_on (`str`, *optional*): of the usage snippet:
             the question in it, and what it printed, and where.
 
     Raises:
-        ValueError: for a folder that holds no model, or results that cannot be read.
+        ValueError: for a folder that holds no model, results that cannot be read, or what the Hub does not take as
+            `base_model`, `datasets`, `license` or `language`.
     """
+    check_card_metadata(license=license, language=language, base_model=base_model, datasets=datasets)
     folder = Path(folder)
     is_adapter = (folder / "adapter_config.json").exists()
     config = _read(folder / "config.json")
@@ -92,17 +99,18 @@ def model_card(
     family = config.get("model_type") or training.get("model_type")
     has_results = (folder / RESULTS_FILE).exists()
     measurements = load_measurements(folder / RESULTS_FILE) if has_results else []
-    has_filter = (folder / "unmasking_filter").is_dir()
+    unmasking_filter = _filter_of(folder)
     remote_code = sorted(path.name for path in folder.glob("*.py"))
     license = license or _license_of(base_model)
+    datasets = as_list(datasets) or training.get("datasets", [])
     count = _count_parameters(folder)
     generation = _read(folder / "generation_config.json")
-    papers = ["dparallel", *([family] if family in PAPERS else []), *(["learn2pd"] if has_filter else [])]
+    papers = ["dparallel", *([family] if family in PAPERS else []), *(["learn2pd"] if unmasking_filter else [])]
     data = ModelCardData(
         model_name=repo_id.split("/")[-1],
         base_model=base_model,
         base_model_relation=("adapter" if is_adapter else "finetune") if base_model else None,
-        datasets=list(datasets or training.get("datasets", [])) or None,
+        datasets=datasets or None,
         eval_results=eval_results(measurements) or None,
         language=language,
         library_name="peft" if is_adapter else "transformers",
@@ -123,35 +131,46 @@ def model_card(
         architecture=FAMILIES.get(family, family or "its base model's architecture"),
         parameters=_in_words(count),
         is_adapter=is_adapter,
+        python=needs_python(),
+        sources=from_sources() if is_adapter else None,
+        install=install_command(
+            *((PACKAGE, "peft") if is_adapter else ("torch", "transformers")),
+            *(["accelerate"] if _is_placed(folder) else []),
+        ),
         snippet=usage_snippet(folder, repo_id, prompt),
         printed=printed,
         printed_on=printed_on,
         remote_code=[f"`{name}`" for name in remote_code],
         decoding={name: f"`{generation[name]!r}`" for name in DECODING_FIELDS if name in generation},
+        unmasking_filter=unmasking_filter,
         measurements=measurements,
         training=training,
-        limitations=[*([inherited] if inherited else []), *LIMITATIONS, *limitations],
+        data=[f"[{each}](https://huggingface.co/datasets/{each})" for each in datasets],
+        limitations=[*([inherited] if inherited else []), *LIMITATIONS, *as_list(limitations)],
         licence=license or (f"That of {origin}." if origin else "Not stated."),
         citations="\n\n".join(map(bibtex, papers)),
     )
 
 
 def usage_snippet(folder, repo_id, prompt=None) -> str:
-    """Python code that loads the model of a folder, which went to `repo_id`, and lets it answer."""
+    """Python code that loads the model of a folder, which went to `repo_id`, and lets it answer. The decoding of an
+    adapter is written out: it has no `generation_config.json`."""
     folder = Path(folder)
     prompt = prompt or "What is 17 * 23?"
     is_adapter = (folder / "adapter_config.json").exists()
-    is_large = _count_parameters(folder) > 1e9 or is_adapter
     has_template = (folder / "chat_template.jinja").exists()
-    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    placed = ', device_map="auto"' if _is_placed(folder) else ""
     if is_adapter:
-        lines += ["", "import dparallel.modeling  # the decoding; the adapter does not carry it"]
-    placed = ', device_map="auto"' if is_large else ""
+        load = "load_adapted"
+        lines = ["from transformers import AutoTokenizer", "", "from dparallel.hub_cards import load_adapted"]
+    else:
+        load = "AutoModelForCausalLM.from_pretrained"
+        lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     lines += [
         "",
         f"repo = {json.dumps(repo_id)}",
         "tokenizer = AutoTokenizer.from_pretrained(repo, trust_remote_code=True)",
-        f'model = AutoModelForCausalLM.from_pretrained(repo, trust_remote_code=True, dtype="auto"{placed})',
+        f'model = {load}(repo, trust_remote_code=True, dtype="auto"{placed})',
     ]
     if has_template:
         lines += [
@@ -162,13 +181,42 @@ def usage_snippet(folder, repo_id, prompt=None) -> str:
     else:
         question = json.dumps(prompt, ensure_ascii=False)
         lines += [f'inputs = tokenizer({question}, return_tensors="pt")']
+    decoding = _read(folder / TRAINING_FILE).get("decoding") if is_adapter else None
+    if decoding:
+        arguments = ", ".join(f"{name}={json.dumps(value)}" for name, value in decoding.items() if value is not None)
+        lines += [
+            "output = model.generate(",
+            f"    **inputs.to(model.device), {arguments}, return_dict_in_generate=True",
+            ")",
+        ]
+    else:
+        lines += ["output = model.generate(**inputs.to(model.device), return_dict_in_generate=True)"]
     lines += [
-        "output = model.generate(**inputs.to(model.device), return_dict_in_generate=True)",
         'answer = output.sequences[0, inputs["input_ids"].shape[1] :]',
         "print(tokenizer.decode(answer, skip_special_tokens=True))",
         'print(output.num_forward_passes.item(), "forward passes")',
     ]
     return "\n".join(lines)
+
+
+def _is_placed(folder):
+    """Is the model so large that its snippet asks for a GPU?"""
+    return _count_parameters(folder) > 1e9 or (folder / "adapter_config.json").exists()
+
+
+def _filter_of(folder):
+    """What the card says of a filter that is shipped with the model; None without one."""
+    if not (folder / "unmasking_filter").is_dir():
+        return None
+    generation = _read(folder / "generation_config.json")
+    is_selected = generation.get("unmasking") == "learned_filter"
+    threshold = generation.get("threshold") if is_selected else None
+    return {
+        "parameters": _in_words(_count_parameters(folder / "unmasking_filter")),
+        "features": ", ".join(_read(folder / "unmasking_filter" / "config.json").get("features", ["confidence"])),
+        "is_selected": is_selected,
+        "threshold": POLICIES["learned_filter"].default if threshold is None else threshold,
+    }
 
 
 def _name(path):

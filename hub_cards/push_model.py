@@ -19,7 +19,7 @@ def main():
     parser.add_argument("--base_model", help="folder or Hub id, if it is not where the adapter says")
     parser.add_argument("--results", nargs="+", default=[], metavar="FILE", help="results.json of evaluations")
     parser.add_argument("--datasets", nargs="+", metavar="ID", help="it was trained on, if training.json does not say")
-    parser.add_argument("--license", help="if it is not the base model's")
+    parser.add_argument("--license", help="apache-2.0, for example; default: the base model's")
     parser.add_argument("--language", nargs="+", help="en, for example")
     parser.add_argument("--limitations", nargs="+", default=[], metavar="SENTENCE")
     parser.add_argument("--prompt", help="question in the card's snippet")

@@ -12,19 +12,21 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from .card_metadata import check_card_metadata
 from .dataset_cards import dataset_card
-from .hub_ids import HUB_ID, check_folder_or_hub_id, is_hub_id
+from .hub_ids import check_folder_or_hub_id, is_hub_id, looks_like_hub_id
 from .measurements import RESULTS_FILE, load_measurements
-from .merge import merge_adapter
+from .merge import load_tokenizer, merge_adapter
 from .model_cards import TRAINING_FILE, model_card, usage_snippet
 from .upload import INSTALLED, files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
 SHARD_BYTES = 500_000_000  # of a parquet file
 
 
@@ -48,7 +50,7 @@ def push_model(
     **card,
 ) -> CommitInfo | None:
     """Push a model in one commit: weights as safetensors, remote code, configurations, tokenizer with chat template,
-    filter if it has one, card.
+    filter and license texts if it has some, card.
 
         push_model("runs/llada/merged", "user/my-model", results=["runs/gsm8k/results.json"])
 
@@ -64,20 +66,24 @@ def push_model(
             `results.json` beside the model.
         training (`str` or `Path`, *optional*): the `training.json` of a model in memory.
         run_snippet (`bool`): run the card's usage snippet in a process of its own, as a stranger would, before
-            anything is uploaded; the card shows what it printed. It loads the model once more.
+            anything is uploaded; the card shows what it printed, and a warning says if that is no answer. It loads
+            the model once more.
         prompt (`str`, *optional*): the question in that snippet.
         private, revision, create_pr, commit_message, token: see `upload`.
-        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing.
+        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing. What the Hub would
+            not take as metadata is left out with a warning.
         card: further arguments of `model_card`: datasets, license, language, limitations.
 
     Returns:
         `CommitInfo`, or None after a dry run.
 
     Raises:
-        ValueError: for what cannot be pushed, before any connection is made.
+        ValueError: for what cannot be pushed, before any connection is made; for what the Hub does not take as
+            metadata, before the model is loaded.
         RuntimeError: if the snippet does not run.
         PermissionError, RuntimeError: see `upload`.
     """
+    card = _check_card(model_card, card, dry_run is not None)
     with staging_folder(repo_id, dry_run) as folder:
         _stage(model, folder, tokenizer, merge, base_model, results, training)
         is_whole = not (folder / "adapter_config.json").exists()  # an adapter's base model may be anywhere
@@ -94,26 +100,46 @@ def push_model(
         )  # fmt: skip
 
 
+def _check_card(function, card, is_dry_run):
+    """The arguments of a card, after a look whether this function takes them, and the Hub what they say: before
+    anything is done. A dry run goes on without what the Hub would refuse, and says so."""
+    if unknown := sorted(set(card) - set(function.__kwdefaults__)):
+        raise ValueError(f"{unknown} are no arguments of a card: they must be some of {[*function.__kwdefaults__]}.")
+    refused = set()
+    for name in {"license", "language", "datasets", "model", "sources"} & set(card):
+        try:
+            check_card_metadata(**{name: card[name]})
+        except ValueError as error:
+            if not is_dry_run:
+                raise
+            logger.warning(f"{error} A push would end here; this card is written without it.")
+            refused.add(name)
+    return {name: value for name, value in card.items() if name not in refused}
+
+
 def _stage(model, folder, tokenizer, merge, base_model, results, training):
     """Write everything but the card."""
     source = None if hasattr(model, "save_pretrained") else _download(model)
     is_adapter = isinstance(model, PeftModel) or (source is not None and (source / "adapter_config.json").exists())
-    if tokenizer is None:
-        tokenizer = _find_tokenizer(model, source, base_model)
     if is_adapter and merge:
-        merge_adapter(model if source is None else source, folder, tokenizer, base_model=base_model)
+        model = merge_adapter(model if source is None else source, folder, tokenizer, base_model=base_model)
     else:
-        if source is not None and is_adapter:
-            for name in (name for name in ADAPTER_FILES if (source / name).exists()):
-                shutil.copy(source / name, folder)
+        if is_adapter:
+            base_model = _stage_adapter(model, source, folder, base_model)
         else:
             model = model if source is None else AutoModelForCausalLM.from_pretrained(source, dtype="auto")
             model.save_pretrained(folder)
+        if tokenizer is None:
+            tokenizer = load_tokenizer(source, base_model or (source is None and model.config._name_or_path))
         tokenizer.save_pretrained(folder)
+        if source is None and hasattr(model, "training_record"):
+            (folder / TRAINING_FILE).write_text(json.dumps(model.training_record, indent=1) + "\n")
     paths = list(results)
     if source is not None:
         paths = paths or [path for path in [source / RESULTS_FILE] if path.exists()]
         training = training or (source / TRAINING_FILE if (source / TRAINING_FILE).exists() else None)
+        for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern) if path.is_file()):
+            shutil.copy(path, folder)
     if paths:
         load = [json.loads(Path(path).read_text()) for path in paths if load_measurements(path)]
         merged = {"measurements": [entry for each in load for entry in each["measurements"]]}
@@ -122,27 +148,43 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
         shutil.copy(training, folder / TRAINING_FILE)
 
 
+def _stage_adapter(model, source, folder, base_model):
+    """Write an adapter as it is, to where `from_pretrained` looks, and return its base model."""
+    if source is None:
+        name = model.active_adapters[0]
+        model.save_pretrained(folder, selected_adapters=[name])
+        if name != "default":  # peft gives it a folder of its own
+            shutil.copytree(folder / name, folder, dirs_exist_ok=True)
+            shutil.rmtree(folder / name)
+    else:
+        if not (source / "adapter_model.safetensors").exists():
+            raise ValueError(f"`model={str(source)!r}` must hold the adapter's weights as adapter_model.safetensors.")
+        for name in ADAPTER_FILES:
+            shutil.copy(source / name, folder)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    if is_hub_id(base_model):
+        config["base_model_name_or_path"] = base_model
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    elif not is_hub_id(config["base_model_name_or_path"]):
+        logger.warning(
+            f"Nobody else can load this adapter: its base model, {config['base_model_name_or_path']!r}, is no Hub id. "
+            f"Pass `base_model=`, 'user/name', or merge it."
+        )
+    return base_model or config["base_model_name_or_path"]
+
+
 def _download(model):
     """A folder or Hub id to a folder."""
     check_folder_or_hub_id("model", model)
     return Path(model) if Path(model).is_dir() else Path(snapshot_download(str(model)))
 
 
-def _find_tokenizer(model, source, base_model):
-    if source is not None and (source / "tokenizer_config.json").exists():
-        return AutoTokenizer.from_pretrained(source)
-    if source is not None and (source / "adapter_config.json").exists():
-        base_model = base_model or json.loads((source / "adapter_config.json").read_text())["base_model_name_or_path"]
-    name = base_model or (model.config._name_or_path if source is None else None)
-    if not name:
-        raise ValueError("`tokenizer=None`, and there is none beside the model: pass one.")
-    return AutoTokenizer.from_pretrained(name)
-
-
 def _run_snippet(folder, repo_id, prompt):
-    """What the card's code prints, run on the folder in a new process that knows the Hub's code alone, and where."""
+    """What the card's code prints, run on the folder in a new process that knows the Hub's code alone, and where. Says
+    so if that is no answer."""
     code = usage_snippet(folder, repo_id, prompt).replace(json.dumps(repo_id), json.dumps(str(folder.resolve())), 1)
-    code += "\nimport torch, platform\nprint(model.device, torch.__version__)"
+    code += "\nimport json, torch\nend = model.generation_config.eos_token_id\nprint(json.dumps([str(model.device), "
+    code += "torch.__version__, answer.tolist(), [end] if isinstance(end, int) else end, tokenizer.all_special_ids]))"
     with tempfile.TemporaryDirectory() as scratch:
         env = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
         result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=scratch)
@@ -150,9 +192,31 @@ def _run_snippet(folder, repo_id, prompt):
         raise RuntimeError(
             f"The usage snippet does not run on what would be pushed; nothing was:\n{result.stderr[-2000:]}"
         )
-    *printed, where = result.stdout.strip().splitlines()
-    device, version = where.split()
+    *printed, facts = result.stdout.strip().splitlines()
+    device, version, *answer = json.loads(facts)
+    if flaw := flaw_of(*answer):
+        logger.warning(
+            f"The answer to the card's sample prompt {flaw}, and is no advertisement: look at the model, or choose "
+            f"another `prompt`. It is:\n" + "\n".join(printed)
+        )
     return "\n".join(printed), f"{'a GPU' if device.startswith('cuda') else 'a CPU'} with PyTorch {version}"
+
+
+def flaw_of(answer, end, special) -> str | None:
+    """Why these token ids look like no answer to anything, in words; None if they may be one.
+
+    Args:
+        answer (list of `int`): with what stands behind its end, if anything.
+        end (list of `int` or None): ids that end a text.
+        special (list of `int`): ids that are no text.
+    """
+    stop = next((i for i, token in enumerate(answer) if token in (end or [])), None)
+    words = [token for token in answer[:stop] if token not in special]
+    if not words:
+        return "has no text" if stop is None or stop else "is empty"
+    if len(words) >= 4 and len(set(words)) <= max(1, len(words) // 16):
+        return "repeats itself"
+    return f"has no end within its {len(answer)} tokens" if stop is None else None
 
 
 def _warn_of_edits(model, folder):
@@ -188,25 +252,25 @@ def push_dataset(
 
     Args:
         dataset (`Dataset`, `DatasetDict`, `str` or `Path`): from `generate_trajectories`, or a folder that
-            `save_to_disk` or `examples/generate_trajectories.py` wrote. Without splits, all of it is "train".
+            `save_to_disk`, `examples/generate_trajectories.py` or `examples/distill.py` wrote. Without splits, all of
+            it is "train".
         repo_id (`str`): where it goes, "user/name".
         private, revision, create_pr, commit_message, token: see `upload`.
-        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing.
+        dry_run (`str` or `Path`, *optional*): write everything into this folder, and push nothing. What the Hub would
+            not take as metadata is left out with a warning.
         card: further arguments of `dataset_card`: model, sources, license, language, limitations.
 
     Returns:
         `CommitInfo`, or None after a dry run.
 
     Raises:
-        ValueError: for what cannot be pushed, before any connection is made.
+        ValueError: for what cannot be pushed, or what the Hub does not take as metadata, before any connection is
+            made.
         PermissionError, RuntimeError: see `upload`.
     """
+    card = _check_card(dataset_card, card, dry_run is not None)
     if isinstance(dataset, (str, Path)):
-        folders = [folder for folder in (Path(dataset), Path(dataset) / "dataset") if folder.is_dir()]
-        saved = [f for f in folders if (f / "dataset_info.json").exists() or (f / "dataset_dict.json").exists()]
-        if not saved:
-            raise ValueError(f"`dataset={str(dataset)!r}` must be a folder that `save_to_disk` wrote.")
-        dataset = load_from_disk(saved[0])
+        dataset = _load_dataset(Path(dataset))
     if not isinstance(dataset, (Dataset, DatasetDict)):
         raise ValueError(f"`dataset` is a {type(dataset).__name__}: it must be a Dataset, a DatasetDict or a folder.")
     splits = dict(dataset) if isinstance(dataset, DatasetDict) else {"train": dataset}
@@ -224,10 +288,24 @@ def push_dataset(
         )  # fmt: skip
 
 
+def _load_dataset(folder):
+    """What `save_to_disk` wrote there, or below it, where the examples let it."""
+    folders = [folder, folder / "dataset", folder / "trajectories" / "dataset"]
+    saved = [f for f in folders if (f / "dataset_info.json").exists() or (f / "dataset_dict.json").exists()]
+    if saved:
+        return load_from_disk(saved[0])
+    if any(path for name in (".", "trajectories") for path in (folder / name).glob("shard-*.arrow")):
+        raise ValueError(
+            f"`dataset={str(folder)!r}` holds the shards of `generate_trajectories`, which have no prompts and no "
+            f"verdicts: push the dataset that it returns. The same call makes it from them, without decoding anew."
+        )
+    raise ValueError(f"`dataset={str(folder)!r}` must be a folder that `save_to_disk` wrote.")
+
+
 @contextmanager
 def staging_folder(repo_id, dry_run):
     """Where what is pushed is put together: a temporary folder, or that of a dry run, which must be empty."""
-    if not isinstance(repo_id, str) or not HUB_ID.fullmatch(repo_id):
+    if not isinstance(repo_id, str) or not looks_like_hub_id(repo_id):
         raise ValueError(f"`repo_id={repo_id!r}` is not allowed: it must be 'user/name'.")
     if dry_run is None:
         with tempfile.TemporaryDirectory() as scratch:

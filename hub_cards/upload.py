@@ -13,9 +13,21 @@ import dparallel.modeling  # also registers the model families with AutoModelFor
 logger = logging.get_logger(__name__)
 
 ATTEMPTS, WAIT = 4, 2.0  # of the commit; seconds before the second, doubled each time
-MODEL_FILES = ("*.safetensors", "*.json", "*.py", "*.jinja", "*.md", "*.txt", "*.model", "*.png")
+MODEL_FILES = (
+    "*.safetensors", "*.json", "*.py", "*.jinja", "*.md", "*.txt", "*.model", "*.tiktoken", "*.png", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
+READ_BY_LOADERS = (
+    "adapter_config.json", "chat_template.jinja", "config.json", "generation_config.json", "training.json",
+    "training_args.bin",
+)  # fmt: skip
+TEMPLATES = "additional_chat_templates"  # where a tokenizer saves those beside its default one
 PATTERNS = {
-    "model": (*MODEL_FILES, *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py"))),
+    "model": (
+        *MODEL_FILES,
+        f"{TEMPLATES}/*.jinja",
+        *(f"unmasking_filter/{pattern}" for pattern in ("*.safetensors", "*.json", "*.py")),
+    ),
     "dataset": ("*.md", "data/*.parquet"),
 }
 INSTALLED = Path(dparallel.modeling.__file__).parent  # the code that goes along
@@ -27,9 +39,11 @@ def is_ours(path, repo_type) -> bool:
     folder, _, name = path.rpartition("/")
     if repo_type == "dataset":
         return folder == "data" and name.endswith(".parquet")
+    if folder == TEMPLATES:
+        return name.endswith(".jinja")
     is_weights = name.endswith((".safetensors", ".safetensors.index.json"))
     is_code = name.endswith(".py") and (INSTALLED / name).exists()
-    return folder in ("", "unmasking_filter") and (is_weights or is_code or path == "training_args.bin")
+    return (folder in ("", "unmasking_filter") and (is_weights or is_code)) or path in READ_BY_LOADERS
 
 
 def files_to_push(folder, repo_type="model") -> dict[str, Path]:

@@ -22,7 +22,7 @@ from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
 from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
-from .training_record import hub_datasets, save_training_record
+from .training_record import hub_datasets, save_training_record, training_record
 
 logger = get_logger(__name__)
 
@@ -258,7 +258,10 @@ class MaskedDiffusionTrainer(Trainer):
                     f"is {layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
                     f"{layouts[0]}, or start a new run from its weights."
                 )
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        # For `merge_adapter(trainer.model, ...)` and `push_model`, which have no folder to look in.
+        self.accelerator.unwrap_model(self.model).training_record = training_record(self, self._hub_datasets)
+        return output
 
     @property
     def _layout(self):

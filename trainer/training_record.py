@@ -1,6 +1,7 @@
 """What a card says of a training, as the trainers know it."""
 
 import json
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from datasets import Dataset
 from peft import PeftType
 from transformers import TrainingArguments
 
-from dparallel.hub_cards.hub_ids import is_hub_id
+from dparallel.hub_cards.hub_ids import is_hub_id, looks_like_hub_id
 from dparallel.hub_cards.measurements import here_and_now
 from dparallel.hub_cards.model_cards import TRAINING_FILE
 
@@ -17,26 +18,30 @@ ARGUMENTS = (
     "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16", "fp16", "gradient_checkpointing",
 )  # fmt: skip
 NOT_OF_THE_METHOD = ("model_init_kwargs", "dataset_num_proc", "pad_to_multiple_of")
+CACHED = re.compile(r"/([^/]+?)___([^/]+)/[^/]+/[0-9.]+/")
 PACKAGES = ("dparallel", "transformers", "torch", "accelerate", "datasets", "peft")
 
 
 def hub_datasets(*datasets) -> list[str]:
-    """Hub ids of the datasets that these were loaded from, as far as they tell: `load_dataset` keeps the rows of
-    user/name in a folder user___name, and what `map` and `filter` make of them beside it."""
+    """Hub ids of the datasets that these were made from, as far as they tell: `load_dataset` keeps the rows of
+    user/name in a folder user___name/configuration/version, and what `map` and `filter` make of them below it. What
+    was saved and loaded again tells if its `info.dataset_name` is a Hub id."""
     ids = set()
     for dataset in datasets:
         if isinstance(dataset, Dataset):
-            parts = {part for file in dataset.cache_files for part in Path(file["filename"]).parts}
-            ids |= {part.replace("___", "/") for part in parts if part.endswith(f"___{dataset.info.dataset_name}")}
+            names = [CACHED.search(Path(file["filename"]).as_posix()) for file in dataset.cache_files]
+            ids |= {"/".join(name.groups()) for name in names if name}
+            ids |= {name for name in [dataset.info.dataset_name] if looks_like_hub_id(name)}
     return sorted(ids)
 
 
 def training_record(trainer, datasets) -> dict:
     """Of a trainer, after training: model, data (Hub ids), arguments, adapter, versions, hardware, date."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    values = args.to_dict()  # plain ones: "cosine" for SchedulerType.COSINE
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
     names = [*ARGUMENTS, *(name for name in own if name not in NOT_OF_THE_METHOD)]
-    arguments = {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False, -1)}
+    arguments = {name: values[name] for name in names if values[name] not in (None, False, -1)}
     batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     adapter = getattr(model, "peft_config", {}).get("default")
     source = (adapter.base_model_name_or_path if adapter else None) or model.config._name_or_path
@@ -46,9 +51,10 @@ def training_record(trainer, datasets) -> dict:
         "trainer": type(trainer).__name__,
         "method": trainer._name,
         "paper": trainer._paper,
-        "base_model": source if is_hub_id(source) else Path(source).name,  # a path says nothing elsewhere
+        "base_model": _model_name(source),
         "model_type": model.config.model_type,
         "datasets": datasets,
+        "num_examples": len(trainer.train_dataset) if isinstance(trainer.train_dataset, Dataset) else None,
         "arguments": {"global batch": batch_size, **{name: str(value) for name, value in arguments.items()}},
         "adapter": adapter and _describe(adapter),
         "decoding": getattr(args, "decoding", None),
@@ -56,6 +62,13 @@ def training_record(trainer, datasets) -> dict:
         **where,
         "hardware": f"{count}{where['hardware']}",
     }  # fmt: skip
+
+
+def _model_name(source):
+    """A Hub id, also of a copy in the Hub's cache; of another folder its name alone, as its path says nothing
+    elsewhere."""
+    copy = re.search(r"/models--([^/]+?)--([^/]+)/snapshots/", Path(source).as_posix())
+    return "/".join(copy.groups()) if copy else source if is_hub_id(source) else Path(source).name
 
 
 def _describe(adapter):

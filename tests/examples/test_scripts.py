@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
-from dparallel.hub_cards import load_measurements
+from dparallel.hub_cards import load_measurements, push_dataset
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
 from tests.golden import CHECKPOINT, STUDENT
@@ -162,6 +162,9 @@ def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word
     assert (model.generation_config.unmasking, model.generation_config.threshold) == ("entropy_threshold", 0.3)
     assert (tmp_path / "out" / "merged" / "tokenizer.json").exists()
     assert (tmp_path / "out" / "adapter_model.safetensors").exists() == use_peft
+    push_dataset(tmp_path / "out", "user/trajectories", dry_run=tmp_path / "dry")
+    pushed = distillation.Dataset.from_parquet(str(next((tmp_path / "dry" / "data").iterdir())))
+    assert {"prompt", "response", "correct", "settings"} <= set(pushed.column_names) and len(pushed) == len(PROMPTS)
 
 
 @pytest.mark.slow

@@ -300,7 +300,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _is_word(value):
-    return value is None or (isinstance(value, str) and re.fullmatch(r"[a-z0-9.\-_]+", value))
+    return value is None or (isinstance(value, str) and re.fullmatch(r"[a-z0-9.+\-_]+", value))
 
 
 def _entry(path, blob):

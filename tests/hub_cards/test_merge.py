@@ -1,5 +1,6 @@
 """Merging: the plain checkpoint is the adapted model, with everything that it needs."""
 
+import itertools
 import subprocess
 import sys
 
@@ -7,11 +8,18 @@ import gguf
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    get_peft_model,
+)
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dparallel.hub_cards import merge_adapter
+from dparallel.hub_cards import load_adapted, merge_adapter, push_model
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
 
 ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
@@ -97,12 +105,151 @@ def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
         merge_adapter(adapted, tmp_path, word_tokenizer, treshold=0.5)
     query = f"{family.blocks}.0.{family.projections[0]}"
     assert adapted.base_model.model.get_submodule(query).lora_A  # still there
-    with pytest.raises(ValueError, match="PROMPT_TUNING, which has no weights to merge"):
-        prompts = PromptTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=32, num_layers=2, num_attention_heads=4,
-            num_transformer_submodules=1,
-        )  # fmt: skip
-        merge_adapter(get_peft_model(small_model(), prompts), tmp_path, word_tokenizer)
+    assert not any(tmp_path.iterdir())
+
+
+SHAPE = {
+    "task_type": "CAUSAL_LM", "num_virtual_tokens": 2, "token_dim": 32, "num_layers": 2, "num_attention_heads": 4,
+    "num_transformer_submodules": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (PromptTuningConfig(**SHAPE), "PROMPT_TUNING, which has no weights to merge"),
+        (PromptEncoderConfig(**SHAPE, encoder_hidden_size=8), "P_TUNING, which has no weights to merge"),
+        (PrefixTuningConfig(**SHAPE), "PREFIX_TUNING, which has no weights to merge"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5]), "activated LoRA"),
+    ],
+    ids=["prompt tuning", "P-tuning", "prefix tuning", "aLoRA"],
+)
+def test_adapters_that_are_no_weights(base, tmp_path, family, word_tokenizer, config, message):
+    adapted = get_peft_model(family.model.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    for adapter in (adapted, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match=message):
+            merge_adapter(adapter, tmp_path / "merged", word_tokenizer)
+        with pytest.raises(ValueError, match=message):
+            push_model(adapter, "user/x", tokenizer=word_tokenizer, dry_run=tmp_path / "dry")
+    assert not (tmp_path / "merged").exists() and not any((tmp_path / "dry").iterdir())
+
+
+# What peft can do to embedding and head, where "e" and "h" stand for their names.
+ON_TOKENS = {
+    "LoRA on the embedding": {"target_modules": ["q_proj", "e"]},
+    "on the head": {"target_modules": ["q_proj", "h"]},
+    "on both": {"target_modules": ["q_proj", "e", "h"]},
+    "on both, tied": {"target_modules": ["q_proj", "e", "h"], "ensure_weight_tying": True},
+    "DoRA on both": {"target_modules": ["q_proj", "e", "h"], "use_dora": True},
+    "embedding in full": {"modules_to_save": ["e"]},
+    "head in full": {"modules_to_save": ["h"]},
+    "both in full": {"modules_to_save": ["e", "h"]},
+    "both in full, tied": {"modules_to_save": ["e", "h"], "ensure_weight_tying": True},
+    "tokens": {"trainable_token_indices": [5, 6]},
+    "tokens of both": {"trainable_token_indices": {"e": [5, 6], "h": [7]}},
+    "tokens alone": TrainableTokensConfig(token_indices=[5, 6], target_modules=["e"]),
+    "none of them": {},
+}
+RESIZED = ("LoRA on the embedding", "tokens of both", "none of them")  # tried with more and fewer tokens, too
+
+
+def on_tokens(family, settings):
+    """A `PeftConfig` with the names of a family."""
+    if not isinstance(settings, dict):
+        settings.target_modules = [family.embedding]
+        return settings
+    names = {"e": family.embedding, "h": family.head}
+    own = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            value = {names[name]: tokens for name, tokens in value.items()}
+        elif isinstance(value, list):
+            value = [names.get(each, each) for each in value]
+        own[key] = value
+    return LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **own})
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [*((name, 0) for name in ON_TOKENS), *itertools.product(RESIZED, (8, -8))],
+    ids=lambda value: value if isinstance(value, str) else f"{value:+}",
+)
+def test_embedding_and_head(family, tmp_path, word_tokenizer, name, change, is_tied):
+    """Merged in memory or from disk, after tokens were added or cut off: the adapter's own logits, and what
+    `config.json` says of the weights is true. Where an adapter did not take the rows of new tokens along, that is
+    said."""
+    family.small(tie_word_embeddings=is_tied).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    torch.manual_seed(0)
+    if change:
+        model.resize_token_embeddings(592 + change, mean_resizing=False)
+    adapted = get_peft_model(model, on_tokens(family, ON_TOKENS[name])).eval()
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8, *range(574 + change, 590 + change)]])
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        merge_adapter(adapted, tmp_path / "in memory", word_tokenizer)
+        folders = [tmp_path / "in memory"]
+        try:
+            unmerged = load_adapted(tmp_path / "adapter").eval()
+        except ValueError as error:
+            assert change > 0 and not is_tied and "the adapter does not hold the others' rows" in str(error)
+        else:
+            torch.testing.assert_close(unmerged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+            merge_adapter(tmp_path / "adapter", tmp_path / "from disk", word_tokenizer)
+            folders.append(tmp_path / "from disk")
+        for folder in folders:
+            merged = AutoModelForCausalLM.from_pretrained(folder).eval()
+            torch.testing.assert_close(merged(ids).logits, expected, atol=1e-4, rtol=1e-4)
+            embedding, head = merged.get_input_embeddings().weight, merged.get_output_embeddings().weight
+            assert merged.config.tie_word_embeddings == (embedding is head) == torch.equal(embedding, head)
+            with safe_open(folder / "model.safetensors", "pt") as file:
+                names = set(file.keys())
+            assert (f"{family.head}.weight" in names) == (not merged.config.tie_word_embeddings)
+
+
+def test_new_tokens_of_which_only_the_tokenizer_knows(base, family, tmp_path, word_tokenizer):
+    adapted = get_peft_model(family.model.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<{number}>" for number in range(8)])
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="595 tokens, and its base model has 592"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("named", "given", "message"),
+    [
+        ("", None, "does not say which base model it was trained on: pass `base_model=`"),
+        ("/gone/base", None, "The base model '/gone/base' is missing.*in which `adapter=.*Pass `base_model=`"),
+        ("runs/base", None, "The base model 'runs/base', which `adapter=.*could not be loaded: pass `base_model=`"),
+        ("user/../base", None, "The base model 'user/../base' is missing"),
+        ("", "./gone", "The base model './gone' is missing: there is no such folder, and"),
+        ("", "user/gone", "The base model 'user/gone' could not be loaded: pass `base_model=`"),
+    ],
+)
+@pytest.mark.parametrize("action", ["merge", "push", "load"])
+@pytest.mark.parametrize("family", ["llada"], indirect=True)
+def test_a_missing_base_model_is_named(base, family, tmp_path, named, given, message, action):
+    adapted = get_peft_model(family.model.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.peft_config["default"].base_model_name_or_path = named
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match=message):
+        if action == "merge":
+            merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_model=given)
+        elif action == "push":
+            push_model(tmp_path / "adapter", "user/x", base_model=given, dry_run=tmp_path / "dry")
+        else:
+            load_adapted(tmp_path / "adapter", given)
+    merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_model=str(base))
 
 
 def test_a_serving_engine_knows_the_names(family, trained, tmp_path, word_tokenizer):

@@ -7,6 +7,9 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
 
 from dparallel.hub_cards import merge_adapter, push_dataset, push_model
+from dparallel.hub_cards.pushing import flaw_of
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from tests.golden import CHECKPOINT
@@ -136,8 +140,10 @@ def save(model, folder):
     return str(folder)
 
 
-def test_the_snippet_of_the_card_runs_as_it_stands(hub, folder):
+def test_the_snippet_of_the_card_runs_as_it_stands(hub, folder, caplog):
     push(folder, run_snippet=True, prompt='Sam has 3 "books".')
+    words = "repeats itself|has no text|has no end within|is empty"  # random weights say nothing
+    assert re.search(f"The answer to the card's sample prompt ({words})", caplog.text)
     card = repo(hub).files()["README.md"].content.decode()
     code, printed = re.search(r"```python\n(.*?)```.*?```\n(.*?)\n```", card, re.DOTALL).groups()
     assert run(hub, code).strip() == printed.strip() and printed.endswith("forward passes")
@@ -172,7 +178,10 @@ def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer, caps
     push(folder)
     branch = HfApi(endpoint=hub.url)
     branch.upload_file(path_or_fileobj=b"mine", path_in_repo="notes.txt", repo_id="user/model")
-    old = ["model-00002-of-00002.safetensors", "training_args.bin", "unmasking_filter/model.safetensors", "canvas.py"]
+    old = [
+        "model-00002-of-00002.safetensors", "training_args.bin", "unmasking_filter/model.safetensors", "canvas.py",
+        "adapter_config.json", "adapter_model.safetensors", "additional_chat_templates/tools.jinja",
+    ]  # fmt: skip
     theirs = ["handler.py", "examples/canvas.py", "checkpoint-1/model.safetensors", "checkpoint-1/training_args.bin"]
     for name in (*old, *theirs):
         branch.upload_file(path_or_fileobj=b"old", path_in_repo=name, repo_id="user/model")
@@ -402,6 +411,163 @@ print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sa
     assert run(hub, code).strip() == str(word_model.generate(**ids, do_sample=False).tolist())
 
 
+def test_all_that_a_save_leaves_is_pushed(hub, folder, model, word_tokenizer, tmp_path):
+    """Shards, a filter, several chat templates and license texts; and no pickle."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ messages }}", "rag": "{{ tools }}"}
+    model.set_unmasking_filter(UnmaskingFilter(UnmaskingFilterConfig()))
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer.save_pretrained(folder)
+    for name in ("LICENSE", "NOTICE.txt"):
+        (folder / name).write_text("Mine.")
+    torch.save({}, folder / "training_args.bin")
+    push(folder, dry_run=tmp_path / "dry")
+    push(folder)
+    staged, saved = (
+        {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        for root in (tmp_path / "dry", folder)
+    )
+    pushed = set(repo(hub).files())
+    assert pushed == staged and not [name for name in pushed if name.endswith(".bin")]
+    assert {name for name in saved if "model-0" not in name and "index" not in name} - pushed == {"training_args.bin"}
+    code = """
+from transformers import AutoTokenizer
+print(sorted(AutoTokenizer.from_pretrained("user/model", trust_remote_code=True).chat_template))
+"""
+    assert run(hub, code).strip() == "['default', 'rag', 'tool_use']"
+
+
+def test_metadata_is_checked_before_anything_is_loaded(hub, folder, tmp_path, caplog):
+    wrong = {"license": "Apache 2.0", "language": ["English"]}
+    for card in (*({name: value} for name, value in wrong.items()), {"datasets": ["rows.jsonl"]}):
+        with pytest.raises(ValueError, match=f"`{next(iter(card))}=.*is not allowed"):
+            push_model("/nowhere", "user/x", **card)
+    for card in (*({name: value} for name, value in wrong.items()), {"sources": "rows.jsonl"}, {"model": "."}):
+        with pytest.raises(ValueError, match=f"`{next(iter(card))}=.*is not allowed"):
+            push_dataset("/nowhere", "user/x", **card)
+    with pytest.raises(ValueError, match=r"\['licence'\] are no arguments of a card"):
+        push_model("/nowhere", "user/x", licence="mit")
+    assert not hub.repos
+    push(folder, dry_run=tmp_path / "dry", **wrong, datasets=["rows.jsonl", "a/b"])
+    text = (tmp_path / "dry" / "README.md").read_text()
+    assert all(word in caplog.text for word in ("Apache 2.0", "English", "rows.jsonl", "A push would end here"))
+    assert not [word for word in ("Apache 2.0", "English", "rows.jsonl") if word in text]
+
+
+@pytest.mark.parametrize(
+    ("answer", "flaw"),
+    [
+        ([5, 6, 7, 0], None),
+        ([5, 6, 0, 0, 0], None),
+        ([5, 0], None),
+        ([5, 5, 5, 0], None),
+        ([0, 0, 0], "is empty"),
+        ([], "has no text"),
+        ([1, 1, 1], "has no text"),
+        ([2, 1, 0, 5], "has no text"),
+        ([5] * 40, "repeats itself"),
+        ([5, 5, 5, 5, 0], "repeats itself"),
+        ([5, 6] * 20 + [0], "repeats itself"),
+        ([5, 6, 7, 8], "has no end within its 4 tokens"),
+        (list(range(5, 45)), "has no end within its 40 tokens"),
+    ],
+)
+def test_what_is_no_answer_is_told_from_one(answer, flaw):
+    assert flaw_of(answer, [0], [0, 1, 2]) == flaw
+
+
+def test_a_good_answer_is_not_flagged(tmp_path, caplog):
+    question = "Nora has 12 shells. Nora finds 8 more. How many shells does Nora have now?"
+    push(CHECKPOINT.parent / "student", run_snippet=True, dry_run=tmp_path / "dry", prompt=question)
+    assert "sample prompt" not in caplog.text and "is 20." in (tmp_path / "dry" / "README.md").read_text()
+
+
+def test_what_was_distilled_in_memory_has_a_full_card(family, small_model, word_tokenizer, tmp_path, monkeypatch):
+    """As in the README: data of the Hub, trajectories that were never saved, a base model from a folder."""
+    monkeypatch.chdir(tmp_path)
+    cached = Path("datasets", "user___prompts", "default", "0.0.0", "0123")  # as `load_dataset` leaves it
+    generate_rows(6).select_columns(["prompt"]).save_to_disk(cached)
+    small_model().save_pretrained("my-base")
+    model = family.model.from_pretrained("my-base")
+    prompts = Dataset.from_file(str(next(cached.glob("*.arrow"))))
+    rows = generate_trajectories(model, word_tokenizer, prompts, "shards", lambda row: True, max_new_tokens=8)
+    args = CertaintyForcingConfig(
+        "out", max_steps=1, max_length=32, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
+        lr_scheduler_type="cosine",
+    )  # fmt: skip
+    trainer = CertaintyForcingTrainer(
+        model, args, train_dataset=rows.filter(lambda row: row["correct"]), processing_class=word_tokenizer,
+        peft_config=LoraConfig(r=2),
+    )  # fmt: skip
+    trainer.train()
+    push_model(trainer.model, "user/a", tokenizer=word_tokenizer, merge=False, run_snippet=False, dry_run="adapter")
+    merge_adapter(trainer.model, "merged", word_tokenizer, unmasking="entropy_threshold", threshold=0.4)
+    push("merged", dry_run="dry")
+    for folder, made in (("dry", "finetune"), ("adapter", "adapter")):
+        text = Path(folder, "README.md").read_text()
+        assert "made from `my-base` by certainty-forcing distillation" in text and str(tmp_path) not in text, made
+        assert "- user/prompts\n" in text and "/datasets/user/prompts), 6 examples." in text
+        assert "`lr_scheduler_type`: cosine" in text and "SchedulerType" not in text
+    assert "`threshold`: `0.4`" in Path("dry", "README.md").read_text()
+    assert 'unmasking="entropy_threshold", threshold=0.5' in Path("adapter", "README.md").read_text()
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("adapter_name", ["default", "mine"])
+@pytest.mark.parametrize("new_tokens", [0, 8])
+def test_the_snippet_of_an_adapter(family, model, tmp_path, adapter_name, new_tokens):
+    """It runs as it stands, whatever the adapter's name, after tokens were added, and with the distilled policy."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    model = family.model.from_pretrained(save(model, tmp_path / "base"))
+    if new_tokens:
+        tokenizer.add_tokens([f"<{number}>" for number in range(new_tokens)])
+        model.resize_token_embeddings(592 + new_tokens, mean_resizing=False)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, config, adapter_name=adapter_name).eval()
+    adapted.training_record = {"decoding": {"unmasking": "confidence", "steps": 32}, "method": "x", "arguments": {}}
+    push_model(adapted, "user/x", tokenizer=tokenizer, merge=False, run_snippet=False, dry_run=tmp_path / "dry")
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "dry" / "README.md").read_text(), re.DOTALL)[1]
+    assert 'unmasking="confidence", steps=32' in code
+    printed, scope = StringIO(), {}
+    with redirect_stdout(printed):
+        exec(code.replace("user/x", str(tmp_path / "dry")), scope)
+    assert printed.getvalue().splitlines()[-1] == "32 forward passes"
+    assert scope["model"].generation_config.unmasking == "confidence"
+    ids = torch.arange(300, 320)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(scope["model"](ids).logits, adapted(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_adapters_that_nobody_could_load(hub, family, model, word_tokenizer, tmp_path, caplog):
+    base = save(model, tmp_path / "base")
+    adapted = get_peft_model(family.model.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    settings = {"tokenizer": word_tokenizer, "merge": False}
+    push(tmp_path / "adapter", **settings)
+    assert f"its base model, {base!r}, is no Hub id" in caplog.text
+    push(tmp_path / "adapter", **settings, base_model="user/base", license="mit")
+    pushed = json.loads(repo(hub).files()["adapter_config.json"].content)
+    assert pushed["base_model_name_or_path"] == "user/base"
+    (tmp_path / "adapter" / "adapter_model.safetensors").rename(tmp_path / "adapter" / "adapter_model.bin")
+    with pytest.raises(ValueError, match=r"`model=.*adapter'` must hold the adapter's weights as"):
+        push(tmp_path / "adapter", **settings)
+
+
+@pytest.mark.parametrize("place", ["", "dataset", "trajectories/dataset"])
+def test_where_trajectories_lie(tmp_path, place):
+    generate_rows(3).save_to_disk(tmp_path / "made" / place)
+    push_dataset(tmp_path / "made", "user/x", dry_run=tmp_path / "dry")
+    assert len(Dataset.from_parquet(str(next((tmp_path / "dry" / "data").iterdir())))) == 3
+
+
+def test_shards_alone_are_no_dataset(small_model, word_tokenizer, tmp_path):
+    prompts = Dataset.from_list([{"prompt": "Sam"}])
+    generate_trajectories(small_model(), word_tokenizer, prompts, tmp_path / "out" / "trajectories", max_new_tokens=8)
+    for folder in (tmp_path / "out", tmp_path / "out" / "trajectories"):
+        with pytest.raises(ValueError, match=r"holds the shards of `generate_trajectories`.*push the dataset"):
+            push_dataset(folder, "user/x", dry_run=tmp_path / "dry")
+
+
 @pytest.mark.parametrize("family", ["llada"], indirect=True)
 def test_the_commands(hub, folder, tmp_path):
     generate_rows().save_to_disk(tmp_path / "rows")
@@ -413,6 +579,14 @@ def test_the_commands(hub, folder, tmp_path):
         assert result.returncode == 0, result.stderr
         assert "README.md" in result.stdout and f"{hub.url}/" in result.stdout.splitlines()[-1]
         assert "RuntimeWarning" not in result.stderr
+    for command, *flags in (
+        ["push_model", folder, "user/other", "--license", "Apache 2.0"],
+        ["push_dataset", tmp_path / "rows", "user/other", "--language", "English"],
+    ):
+        result = call(f"dparallel.hub_cards.{command}", *flags)
+        assert result.returncode == 1 and f"ValueError: `{flags[2][2:]}=" in result.stderr
+        assert "Traceback" not in result.stderr
+    flags = tmp_path / "rows", "user/rows"
     again = call("dparallel.hub_cards.push_dataset", *flags, HF_TOKEN="hf_wrong")
     assert again.returncode == 1 and "PermissionError: The Hub does not know who you are" in again.stderr
     assert "Traceback" not in again.stderr

@@ -163,8 +163,9 @@ class MaskedDiffusionTrainer(Trainer):
                 "`fsdp_activation_checkpointing: true` is not allowed with an adapter, which would be saved without "
                 "its weights: set `gradient_checkpointing=True` instead."
             )
-        # The loss is a mean over the micro-batch: without this, Trainer takes it for a sum over the whole batch.
-        self.model_accepts_loss_kwargs = False
+        # So Trainer does not divide by the number of micro-batches what `get_batch_samples` has weighted.
+        self.model_accepts_loss_kwargs = True
+        self._unfinished_step = []
         self._train_metrics = torch.zeros(())  # (number of metrics, 2) once something was counted
         self._epoch = 0
         if hasattr(self.model, "add_model_tags"):
@@ -289,6 +290,36 @@ class MaskedDiffusionTrainer(Trainer):
         load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
         self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
 
+    def _inner_training_loop(self, *args, **kwargs):
+        # Called again by `auto_find_batch_size` after it ran out of memory: what that try counted must not be logged.
+        self._unfinished_step, self._train_metrics = [], torch.zeros(())
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of this process for one optimizer step, as in `Trainer`, and the number of rows that all
+        processes have for it. Each batch gets `row_weight` (B,), such that the sum of weighted losses has the gradient
+        of the mean over all rows of the step, however they are split: a row counts as much in a last micro-batch that
+        is smaller, and not at all where it repeats another to fill the last batch of a process.
+
+        What a stream has left at its end for less than a step goes into the first step of the next epoch; of a stream
+        it is not known which rows its last batch repeats."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches - len(self._unfinished_step), device)
+        batches = [*self._unfinished_step, *batches]
+        if len(batches) < num_batches:
+            self._unfinished_step = batches
+            return [], None
+        self._unfinished_step = []
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        counts, state = sizes.copy(), self.accelerator.gradient_state
+        # Batches of `batch_rebalance` are no slices of one global batch, and repeat nothing.
+        if state.end_of_dataloader and state.remainder > 0 and self.args.train_sampling_strategy != "batch_rebalance":
+            counts[-1] = min(max(state.remainder - self.args.process_index * sizes[-1], 0), sizes[-1])
+        rows = self.accelerator.reduce(torch.tensor(sum(counts), device=device), "sum")
+        for batch, size, count in zip(batches, sizes, counts, strict=True):
+            is_counted = torch.arange(size, device=device) < count
+            batch["row_weight"] = is_counted * (self.args.world_size / rows)  # DDP averages over the processes
+        return batches, rows
+
     def _run_epoch(self, model, epoch, *args, **kwargs):
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
         return super()._run_epoch(model, epoch, *args, **kwargs)
@@ -349,8 +380,13 @@ class MaskedDiffusionTrainer(Trainer):
                 f"`learning_rate={self.args.learning_rate}`, raise `warmup_steps`, or train in bfloat16 or float32 "
                 f"instead of float16; and check that the model's own weights are finite."
             )
-        self._train_metrics = self._train_metrics.to(metrics.device) + metrics.sum(dim=0)
-        return (losses.mean(), outputs) if return_outputs else losses.mean()
+        # A batch that is not of a training step is one of its own.
+        weights = inputs.get("row_weight", torch.full_like(losses, 1 / len(losses)))
+        self._train_metrics = self._train_metrics.to(metrics.device) + (metrics * (weights > 0)[:, None, None]).sum(
+            dim=0
+        )
+        loss = (weights * losses).sum()
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():

@@ -1,6 +1,7 @@
 """The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
 
 import logging
+import re
 import shutil
 
 import pytest
@@ -152,10 +153,16 @@ def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message, make_trainer
         ({"loss_weighting": "t"}, "loss_weighting='t'"),
         ({"block_length": -1}, "block_length=-1"),
         ({"response_length": 0}, "response_length=0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics=['loss']"),
+        ({"length_column_name": "n"}, "length_column_name='n'"),
+        ({"use_cache": True}, "use_cache=True"),
     ],
 )
 def test_wrong_arguments(tmp_path, changes, name):
-    with pytest.raises(ValueError, match=f"`{name}` is not allowed"):
+    with pytest.raises(ValueError, match=re.escape(f"`{name}` is not allowed")):
         settings(tmp_path, **changes)
 
 
@@ -224,19 +231,59 @@ def weights_after(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer):
-    """8 x 1, 2 x 4 and 1 x 8 accumulation: gradients are means over rows, and masks do not know of batches."""
-    results = [
-        weights_after(
-            make_trainer(
-                tmp_path, word_tokenizer, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-                max_steps=4, learning_rate=1e-3, block_length=16,
-            )
-        )
-        for size in (8, 2, 1)
-    ]  # fmt: skip
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
-    torch.testing.assert_close(results[0], results[2], atol=2e-5, rtol=1e-3)
+@pytest.mark.parametrize("count", [8, 10, 13])
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer, count):
+    """10 rows as 1 x 10, 8 + 2, 3 x 3 + 1 and 10 x 1: gradients are means over all rows of a step, also where the last
+    micro-batch is smaller, and masks do not know of batches. So are the logged values."""
+    results = []
+    for size in (count, 8, 3, 1):
+        trainer = make_trainer(
+            tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(count)), per_device_train_batch_size=size,
+            gradient_accumulation_steps=-(-count // size), max_steps=4, learning_rate=0.1, block_length=16,
+            optim="sgd", lr_scheduler_type="constant",
+        )  # fmt: skip
+        weights = weights_after(trainer)
+        names = ("loss", "grad_norm", "masked_accuracy", "mean_entropy")
+        logged = [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
+        results.append((weights, torch.tensor(logged)))
+    for weights, logged in results[1:]:
+        torch.testing.assert_close(results[0][0], weights, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(results[0][1], logged, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_stream_has_left_goes_into_the_next_epoch(tmp_path, word_tokenizer, make_trainer):
+    """And is not added to a step that is already whole."""
+    seen = []
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(10)).to_iterable_dataset(), max_steps=3,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    compute_loss = trainer.compute_loss
+
+    def spy(model, inputs, **kwargs):
+        seen.append((len(inputs["input_ids"]), inputs["row_weight"].sum().item()))
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    sizes, shares = zip(*seen, strict=True)
+    assert sizes == (4, 4, 2, 4, 4, 2) and shares == pytest.approx((1 / 2, 1 / 2, 1 / 3, 2 / 3, 2 / 3, 1 / 3))
+
+
+def test_after_running_out_of_memory_only_the_smaller_batches_are_logged(tmp_path, word_tokenizer, small_model):
+    class Forgetful(MaskedDiffusionTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if len(inputs["input_ids"]) > 4:
+                self._train_metrics += 1000
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    args = settings(tmp_path, auto_find_batch_size=True, max_steps=1)
+    trainer = Forgetful(small_model(), args, train_dataset=Dataset.from_list(rows()), processing_class=word_tokenizer)
+    trainer.train()
+    logged = trainer.state.log_history[0]["mean_entropy"]
+    assert logged == pytest.approx(6.38, abs=0.1)  # about log(592) nats
 
 
 # --- training --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,12 +12,22 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import HubStrategy, has_length
 
 from dparallel.hub_cards.model_cards import model_card
-from dparallel.hub_cards.upload import upload
+from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
-from .checkpoints import DEEPSPEED, FSDP, PLAIN, last_complete_checkpoint, layout_of, load_optimizer, load_weights
+from .checkpoints import (
+    DEEPSPEED,
+    FSDP,
+    PLAIN,
+    last_complete_checkpoint,
+    layout_of,
+    load_optimizer,
+    load_weights,
+    plain_name,
+)
 from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
@@ -26,7 +37,12 @@ from .training_record import hub_datasets, save_training_record
 
 logger = get_logger(__name__)
 
+OF_A_RUN = ("trainer_state.json",)  # in a checkpoint, beside the model
 BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id", "unmasking_step"]
+
+
+def _as_list(value):
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 @dataclass
@@ -73,11 +89,14 @@ class MaskedDiffusionTrainer(Trainer):
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dict of them): rows with
             `prompt` and `completion` (text or messages), `messages` (the last one, the assistant's, is the response),
             `text` (all of it is learned), or `input_ids` and `prompt_length`, with or without `unmasking_step`
-            (of each response token), as `trajectories.generate_trajectories` makes them.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's own tokenizer.
+            (of each response token), as `trajectories.generate_trajectories` makes them. Messages may have `tools` and
+            `chat_template_kwargs` beside them, and are rendered as by TRL.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the tokenizer of where the model was
+            loaded from.
         compute_metrics: refused; masked accuracy and confidence are always reported.
         callbacks, optimizers: as in `Trainer`.
-        peft_config (`PeftConfig`, *optional*): wraps the model in an adapter.
+        peft_config (`PeftConfig`, *optional*): wraps the model in an adapter. Those of virtual tokens are refused:
+            prompt tuning, P-tuning, prefix tuning.
 
     Logged besides the loss: `masked_accuracy` (share of masked tokens whose prediction is right), `mean_confidence`
     (probability of the predicted token at masked positions) and `mean_entropy` (there, in nats); at evaluation with
@@ -122,18 +141,27 @@ class MaskedDiffusionTrainer(Trainer):
             source = {
                 k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
             }
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
+            processing_class = self._tokenizer_of(model, source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")
         self.mask_token_id = model.config.mask_token_id
         self.logits_shift = model.logits_shift
         if peft_config is not None:
             model = self._wrap_in_adapter(model, args, peft_config)
+        for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
+            if adapter.is_prompt_learning:
+                raise ValueError(
+                    f"Adapters of type {adapter.peft_type.value} are not supported: their virtual tokens stand before "
+                    f"the text, and the positions that are learned would be others. Use LoRA, for example."
+                )
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id
             data_collator = DataCollatorForMaskedDiffusion(
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id, args.pad_to_multiple_of
             )
+        # Before weights are sharded. (DeepSpeed's ZeRO-3 has done so, and keeps their shapes.)
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        self._vectors = {name for name, shape in shapes.items() if len(shape) < 2}
         self._hub_datasets = hub_datasets(train_dataset)
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, "train_dataset", processing_class, args)
@@ -163,6 +191,11 @@ class MaskedDiffusionTrainer(Trainer):
                 "`fsdp_activation_checkpointing: true` is not allowed with an adapter, which would be saved without "
                 "its weights: set `gradient_checkpointing=True` instead."
             )
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError(
+                "`parallelism_config` with context or sequence parallelism is not allowed: the masks and losses of a "
+                "row need all of it on one device."
+            )
         # So Trainer does not divide by the number of micro-batches what `get_batch_samples` has weighted.
         self.model_accepts_loss_kwargs = True
         self._unfinished_step = []
@@ -170,6 +203,21 @@ class MaskedDiffusionTrainer(Trainer):
         self._epoch = 0
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+
+    @staticmethod
+    def _tokenizer_of(model, kwargs):
+        name = model.config._name_or_path
+        if not name:
+            raise ValueError(
+                "`processing_class` is not given, and the model was not loaded from anywhere: pass its tokenizer."
+            )
+        try:
+            return AutoTokenizer.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`processing_class` is not given, and no tokenizer could be loaded from {name!r}, where the model "
+                f"comes from: pass it. ({error})"
+            ) from error
 
     @staticmethod
     def _wrap_in_adapter(model, args, peft_config):
@@ -201,7 +249,8 @@ class MaskedDiffusionTrainer(Trainer):
             "mask_token_id": self.mask_token_id,
             "name": name,
         }
-        columns = [column for column in first if column not in BATCH_COLUMNS]
+        # Those that a data collator of one's own may want are kept if asked for.
+        columns = [column for column in first if args.remove_unused_columns and column not in BATCH_COLUMNS]
         if isinstance(dataset, IterableDataset):
             counts = {"seen": 0, "dropped": 0}
             return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
@@ -235,11 +284,33 @@ class MaskedDiffusionTrainer(Trainer):
             )
         return kept
 
+    def get_train_dataloader(self):
+        dataloader = super().get_train_dataloader()
+        if self.args.dataloader_drop_last and has_length(dataloader) and len(dataloader) == 0:
+            size = self._train_batch_size * self.args.world_size
+            raise ValueError(
+                f"`dataloader_drop_last=True` is not allowed with {len(self.train_dataset)} examples in "
+                f"`train_dataset`: they do not fill one batch, of {size} over all processes."
+            )
+        return dataloader
+
     def get_eval_dataloader(self, eval_dataset=None):
         is_known = eval_dataset is self.eval_dataset  # Trainer passes the one of construction on
-        if isinstance(eval_dataset, (Dataset, IterableDataset)) and not is_known:
-            eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", self.processing_class, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset if is_known else self._prepare_if_raw(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._prepare_if_raw(test_dataset, "test"))
+
+    def _prepare_if_raw(self, dataset, kind):
+        """A dataset, but not None or the name of one."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        return self._prepare_dataset(dataset, f"{kind}_dataset", self.processing_class, self.args)
+
+    def get_decay_parameter_names(self, model):
+        """As in `Trainer`, but by shape as well as by name: no vector decays, that is no norm, bias or magnitude,
+        whatever it is called (LLaDA's final norm is `ln_f`)."""
+        return [name for name in super().get_decay_parameter_names(model) if plain_name(name) not in self._vectors]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete, and one that
@@ -399,6 +470,11 @@ class MaskedDiffusionTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._evaluation_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not self._evaluation_rows:
+            raise ValueError(
+                f"There is no batch to evaluate: with `dataloader_drop_last={self.args.dataloader_drop_last}` and "
+                f"`per_device_eval_batch_size={self.args.per_device_eval_batch_size}` the dataset is too small."
+            )
         rows = torch.cat(self._evaluation_rows)
         # Into the metrics and not only into the log, so that the best checkpoint can be chosen by them.
         metrics = {"loss": rows[:, 0].mean().item(), **self._named_metrics(rows[:, 1:].sum(dim=0).view(-1, 2))}
@@ -417,30 +493,53 @@ class MaskedDiffusionTrainer(Trainer):
         return {name: total / weight for name, (total, weight) in pairs if weight}
 
     def _save(self, output_dir=None, state_dict=None):
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        own = card.read_text() if card.exists() else None
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
+            save_training_record(self, self._hub_datasets, card.parent)
+            # peft writes an empty form, with the base model's path on this machine: `create_model_card` does better.
+            card.unlink(missing_ok=True) if own is None else card.write_text(own)
 
     def create_model_card(
         self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None,
         dataset_tags=None, dataset=None, dataset_args=None,
     ):  # fmt: skip
         """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
-        (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`; the card
-        has no place for `tasks`, `dataset_tags` and `dataset_args`."""
+        (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`, but
+        `dataset` and `dataset_tags` are both Hub ids, and `model_name` counts only without a `hub_model_id`.
+
+        Raises:
+            ValueError: for `tasks` other than "text-generation", and for `dataset_args`, which have no place in it.
+        """
+        if tasks not in (None, "text-generation", ["text-generation"]):
+            raise ValueError(f"`tasks={tasks!r}` is not allowed: these models are for 'text-generation'.")
+        if dataset_args is not None:
+            raise ValueError(f"`dataset_args={dataset_args!r}` is not allowed: the card has no place for it.")
         folder = Path(self.args.output_dir)
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return
-        name = self.hub_model_id or model_name or folder.resolve().name
-        datasets = [dataset] if isinstance(dataset, str) else dataset
+        name = self.hub_model_id or self.args.hub_model_id or model_name or folder.resolve().name
+        datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)])) or None
         card = model_card(
             folder, name, base_model=finetuned_from, datasets=datasets, license=license, language=language
         )
-        wanted = [*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        card.data.tags = list(dict.fromkeys(wanted))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *_as_list(tags)]))
         card.save(folder / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Trainer copies weights and configurations to `output_dir` and pushes what is there: with remote code, the
+        # record of the training and our card as well, what is pushed can be loaded.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            for name, path in files_to_push(checkpoint_folder).items():
+                if name not in OF_A_RUN:
+                    target = Path(self.args.output_dir) / name
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.copy(path, target)
+            self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card

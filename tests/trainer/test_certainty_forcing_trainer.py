@@ -259,6 +259,10 @@ def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer, m
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=first, **options)
     assert trainer.evaluate()["eval_decoding_accuracy"] == 1.0
     assert trainer.evaluate(other)["eval_decoding_accuracy"] == 0.0
+    assert trainer.predict(other).metrics["test_decoding_accuracy"] == 0.0
+    assert trainer.predict(first).metrics["test_decoding_accuracy"] == 1.0
+    with pytest.raises(ValueError, match="evaluation requires an eval_dataset"):
+        make_trainer(tmp_path, word_tokenizer, **options).evaluate()
 
 
 # --- what was published for a family ---------------------------------------------------------------------------------

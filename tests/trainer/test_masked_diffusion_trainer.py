@@ -1,5 +1,7 @@
 """The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
 
+import copy
+import json
 import logging
 import re
 import shutil
@@ -7,9 +9,17 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import (
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch.nn import functional as F
 from transformers import TrainingArguments
+from trl import apply_chat_template
 
 from dparallel.trainer import (
     DataCollatorForMaskedDiffusion,
@@ -20,7 +30,7 @@ from dparallel.trainer import (
 from dparallel.trainer.checkpoints import load_optimizer, load_weights
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
-from dparallel.trainer.tokenization import tokenize_example
+from dparallel.trainer.tokenization import tokenize_example, tokenize_prompt
 from tests.families import FAMILIES
 from tests.golden import CHECKPOINT
 from tests.modeling.test_generation import ShiftedConfig, ShiftedModel
@@ -93,6 +103,78 @@ def test_conversations(word_tokenizer):
     assert as_pair["prompt_length"] == len(prompt)
     with pytest.raises(ValueError, match="last role is 'user'"):
         tokenize_example({"messages": [answer, question]}, word_tokenizer)
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+SYSTEM, USER = {"role": "system", "content": "Sam is kind."}, {"role": "user", "content": "Sam has 3."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+RESULT, ANSWER = {"role": "tool", "content": "4"}, {"role": "assistant", "content": "So 4."}
+TEMPLATE = (
+    "{% for t in tools or [] %}tool {{ t['function']['name'] }} {% endfor %}{% if loud %}! {% endif %}"
+    "{% for d in documents or [] %}book {{ d['text'] }} {% endfor %}"
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} "
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def tool_tokenizer(word_tokenizer):
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("as_pair", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "extra"),
+    [
+        ([USER], {"tools": TOOLS}),
+        ([USER], {"tools": json.dumps(TOOLS)}),
+        ([USER], {"tools": []}),
+        ([USER], {"tools": None, "chat_template_kwargs": None}),
+        ([USER], {"chat_template_kwargs": {"loud": True}}),
+        ([USER], {"chat_template_kwargs": {"documents": [{"title": "a", "text": "books"}]}, "tools": TOOLS}),
+        ([SYSTEM, USER], {"tools": TOOLS}),
+        ([USER, CALL, RESULT], {"tools": TOOLS}),
+    ],
+)
+def test_conversations_are_rendered_as_by_trl(tool_tokenizer, prompt, extra, as_pair):
+    row = {"prompt": prompt, "completion": [ANSWER]} if as_pair else {"messages": [*prompt, ANSWER]}
+    found = tokenize_example({**row, **extra}, tool_tokenizer)
+    kwargs = extra.get("chat_template_kwargs") or {}
+    tools = TOOLS if extra.get("tools") else None
+    example = {"prompt": prompt, "completion": [ANSWER], "chat_template_kwargs": kwargs}
+    expected = apply_chat_template(example, tool_tokenizer, tools)
+    ids = [tool_tokenizer(expected[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")]
+    assert found == {"input_ids": [*ids[0], *ids[1], EOS], "prompt_length": len(ids[0])}
+    assert tokenize_prompt({**row, **extra}, tool_tokenizer) == ids[0]
+    plain = tokenize_prompt({"prompt": prompt}, tool_tokenizer)
+    assert (plain != ids[0]) == bool(tools or kwargs)  # it is shown
+
+
+def test_tools_reach_the_trainer(tmp_path, tool_tokenizer, make_trainer):
+    row = {"messages": [USER, ANSWER], "tools": TOOLS}
+    found = make_trainer(tmp_path, tool_tokenizer, dataset=Dataset.from_list([row, row])).train_dataset[0]
+    assert found["input_ids"][: found["prompt_length"]] == tokenize_prompt(row, tool_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "tools": TOOLS}, "`tools` is not allowed beside text"),
+        ({"text": "a", "tools": TOOLS}, "`tools` is not allowed beside text"),
+        (
+            {"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}},
+            "`chat_template_kwargs` is not allowed",
+        ),
+        ({"messages": [USER, ANSWER], "documents": [{"text": "a"}]}, "`documents` is not allowed beside messages"),
+        ({"prompt": [USER], "completion": [ANSWER], "images": ["a"]}, "`images` is not allowed beside messages"),
+    ],
+)
+def test_columns_that_would_not_be_shown(tool_tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_example(row, tool_tokenizer)
 
 
 def test_text_is_learned_from_its_first_token(word_tokenizer):
@@ -175,6 +257,39 @@ def test_models_that_cannot_be_trained(tmp_path, word_tokenizer, make_trainer, s
         MaskedDiffusionTrainer(small_model(), settings(tmp_path), compute_metrics=print)
     with pytest.raises(ValueError, match="model_init_kwargs"):
         make_trainer(tmp_path, word_tokenizer, model_init_kwargs={"dtype": "float32"})
+
+
+def test_a_model_without_a_tokenizer(tmp_path, small_model):
+    nameless, named = small_model(), small_model()
+    named.config._name_or_path = str(tmp_path)  # where there is none
+    for model, message in ((nameless, "was not loaded from anywhere: pass"), (named, "no tokenizer could be loaded")):
+        with pytest.raises(ValueError, match=f"`processing_class` is not given, and .*{message}"):
+            MaskedDiffusionTrainer(model, settings(tmp_path), train_dataset=Dataset.from_list(rows(3)))
+
+
+def test_batches_that_are_not_filled(tmp_path, word_tokenizer, make_trainer):
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(5)), dataloader_drop_last=True,
+        eval_dataset=Dataset.from_list(rows(3)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`dataloader_drop_last=True` is not allowed with 5 examples .* of 8 over"):
+        trainer.train()
+    with pytest.raises(ValueError, match="no batch to evaluate: with `dataloader_drop_last=True` and `per_device_"):
+        trainer.evaluate()
+
+
+def test_rows_cannot_be_cut_between_devices(tmp_path, word_tokenizer, make_trainer, monkeypatch):
+    monkeypatch.setattr(MaskedDiffusionTrainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match="`parallelism_config` with context or sequence parallelism is not allowed"):
+        make_trainer(tmp_path, word_tokenizer)
+
+
+def test_columns_are_kept_for_a_collator_that_wants_them(tmp_path, word_tokenizer, make_trainer):
+    dataset = Dataset.from_list([{**row, "n": i} for i, row in enumerate(rows(3))])
+    assert "n" not in make_trainer(tmp_path, word_tokenizer, dataset=dataset).train_dataset.column_names
+    trainer = make_trainer(tmp_path, word_tokenizer, dataset=dataset, remove_unused_columns=False, max_steps=1)
+    assert trainer.train_dataset["n"][:] == [0, 1, 2]
+    trainer.train()
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -404,6 +519,38 @@ def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_train
     assert trainer.state.best_metric == best
 
 
+@pytest.mark.parametrize("kind", [None, "LoRA", "DoRA", "norms"])
+@pytest.mark.parametrize("name", [*FAMILIES, "shifted"])
+def test_vectors_do_not_decay(tmp_path, word_tokenizer, name, kind):
+    """Norms and biases, whatever they are called, and matrices alone."""
+    adapters = {
+        "LoRA": LoraConfig(target_modules="all-linear", bias="all"),
+        "DoRA": LoraConfig(target_modules="all-linear", use_dora=True),
+        "norms": LNTuningConfig(target_modules=[getattr(FAMILIES.get(name), "norm", "none").rpartition(".")[2]]),
+    }
+    if name == "shifted" and kind == "norms":
+        pytest.skip("it has none")
+    options = {"weight_decay": 0.1, "peft_config": adapters.get(kind)}
+    trainer = build_trainer(tmp_path, word_tokenizer, any_model(name), **options)
+    decayed, others = (group["params"] for group in trainer.create_optimizer().param_groups)
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {id(weight) for weight in decayed} == {id(weight) for weight in trained if weight.ndim > 1}
+    assert len(decayed) + len(others) == len(trained) and (others or kind == "LoRA" or name == "shifted")
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused(tmp_path, word_tokenizer, config, make_trainer, small_model):
+    config = config(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=4,
+        num_transformer_submodules=1,
+    )  # fmt: skip
+    message = f"of type {config.peft_type.value} are not supported: their virtual tokens stand before the text"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, peft_config=config)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, model=get_peft_model(small_model(), config))
+
+
 def test_adapter(tmp_path, word_tokenizer, family, make_trainer, small_model):
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -470,6 +617,12 @@ def test_evaluation_of_another_dataset(tmp_path, word_tokenizer, make_trainer):
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=Dataset.from_list(rows(8)))
     again = trainer.evaluate(Dataset.from_list(rows(8)))
     assert again["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    for dataset in (Dataset.from_list(rows(8)), trainer.eval_dataset):
+        metrics = trainer.predict(dataset).metrics
+        assert metrics["test_loss"] == pytest.approx(again["eval_loss"])
+        assert metrics["test_masked_accuracy"] == pytest.approx(again["eval_masked_accuracy"])
+    with pytest.raises(ValueError, match="`test_dataset` has the columns"):
+        trainer.predict(Dataset.from_list([{"a": 1}]))
     trainer.create_model_card()
     with pytest.raises(TypeError, match="licence"):
         trainer.create_model_card(licence="mit")

@@ -120,7 +120,8 @@ def main():
     checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
     if checkpoint and trainer.accelerator.is_main_process:
         print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with plain_errors(ValueError):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 

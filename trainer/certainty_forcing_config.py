@@ -133,6 +133,10 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         return settled
 
     @property
+    def changes_with_progress(self):
+        return self.mask_ratio_start is not None or self.block_length_start is not None
+
+    @property
     def decoding(self) -> dict:
         """The arguments of `generate()` that the student is trained for."""
         settings = {"unmasking": self.unmasking, "threshold": self.threshold}

@@ -92,6 +92,11 @@ class DiffusionTrainingConfig(TrainingArguments):
         The trainer works with it."""
         return self
 
+    @property
+    def changes_with_progress(self) -> bool:
+        """Does anything but the learning rate depend on the share of all steps that is done?"""
+        return False
+
     def _require(self, condition, name, allowed):
         if not condition:
             raise ValueError(f"`{name}={getattr(self, name)!r}` is not allowed: it must be {allowed}.")

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import HubStrategy, has_length
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 
 from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
@@ -32,12 +33,13 @@ from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
+from .run_settings import SETTINGS_FILE, changed_settings, model_settings, run_settings, save_settings
 from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
 from .training_record import hub_datasets, save_training_record
 
 logger = get_logger(__name__)
 
-OF_A_RUN = ("trainer_state.json",)  # in a checkpoint, beside the model
+OF_A_RUN = ("trainer_state.json", SETTINGS_FILE)  # in a checkpoint, beside the model
 BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id", "unmasking_step"]
 
 
@@ -162,6 +164,7 @@ class MaskedDiffusionTrainer(Trainer):
         # Before weights are sharded. (DeepSpeed's ZeRO-3 has done so, and keeps their shapes.)
         shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
         self._vectors = {name for name, shape in shapes.items() if len(shape) < 2}
+        self._model_settings = model_settings(model)
         self._hub_datasets = hub_datasets(train_dataset)
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, "train_dataset", processing_class, args)
@@ -316,8 +319,16 @@ class MaskedDiffusionTrainer(Trainer):
         """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete, and one that
         was saved under FSDP goes on under DDP and on one device, and the other way round, on any number of them.
 
+        A run goes on as it began. What decides its steps must be the same: the optimizer and its schedule, seeds,
+        precision, masks, losses, lengths, the rows of `train_dataset` (of a stream, nothing is compared), the adapter
+        and the weights under it, the global batch size; `max_steps` and `num_train_epochs` only where the schedule of
+        the learning rate, or a mask ratio or block length that grows, depends on them. The rest may change: folders,
+        what is logged, evaluated, saved and pushed and when, the number of processes and the size of micro-batches
+        that make up the same global batch, checkpointing, compilation, workers, and how evaluation decodes.
+
         Raises:
-            ValueError: for a checkpoint of DeepSpeed under another layout, or of another one under DeepSpeed.
+            ValueError: for a checkpoint of a run with other settings, naming each with its old and new value; for one
+                of DeepSpeed under another layout, or of another one under DeepSpeed.
         """
         if resume_from_checkpoint is True:
             # Without one, Trainer says so.
@@ -330,7 +341,25 @@ class MaskedDiffusionTrainer(Trainer):
                     f"is {layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
                     f"{layouts[0]}, or start a new run from its weights."
                 )
+        if isinstance(resume_from_checkpoint, (str, Path)) and Path(resume_from_checkpoint).is_dir():
+            is_first = self.is_world_process_zero()
+            changed = [changed_settings(resume_from_checkpoint, self._run_settings()) if is_first else None]
+            if changed := broadcast_object_list(changed)[0]:
+                raise ValueError(
+                    f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is of a run with other settings: "
+                    f"{changed}. Go on with those it had, or start a new run in another `output_dir`."
+                )
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_settings(self):
+        batch_size = None if self.args.auto_find_batch_size else self.get_total_train_batch_size(self.args)
+        return {**run_settings(self.args, self.train_dataset, batch_size), **self._model_settings}
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_settings(self._run_settings(), folder)
+        super()._save_checkpoint(model, trial)
 
     @property
     def _layout(self):
@@ -533,12 +562,13 @@ class MaskedDiffusionTrainer(Trainer):
         # Trainer copies weights and configurations to `output_dir` and pushes what is there: with remote code, the
         # record of the training and our card as well, what is pushed can be loaded.
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
-            for name, path in files_to_push(checkpoint_folder).items():
-                if name not in OF_A_RUN:
-                    target = Path(self.args.output_dir) / name
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copy(path, target)
-            self.create_model_card()
+            files = {name: path for name, path in files_to_push(checkpoint_folder).items() if name not in OF_A_RUN}
+            for name, path in files.items():
+                target = Path(self.args.output_dir) / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(path, target)
+            if files.keys() & {"config.json", "adapter_config.json"}:  # else it is in parts, which cannot be loaded
+                self.create_model_card()
         super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import (
+    IA3Config,
     LNTuningConfig,
     LoraConfig,
     PrefixTuningConfig,
@@ -429,6 +430,101 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, 
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
     resumed = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     assert torch.equal(unbroken, resumed)
+
+
+OTHER_SETTINGS = [
+    ({"learning_rate": 1e-4}, "`learning_rate` was 0.001, is 0.0001"),
+    ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type` was 'linear', is 'cosine'"),
+    ({"warmup_steps": 1}, "`warmup_steps` was 0, is 1"),
+    ({"weight_decay": 0.1}, "`weight_decay` was 0.0, is 0.1"),
+    ({"max_grad_norm": 0.5}, "`max_grad_norm` was 1.0, is 0.5"),
+    ({"optim": "sgd"}, "`optim` was 'adamw_torch_fused', is 'sgd'"),
+    ({"bf16": True}, "`bf16` was False, is True"),
+    ({"seed": 7}, "`seed` was 42, is 7"),
+    ({"max_steps": 8}, "`max_steps` was 4, is 8"),  # the learning rate falls to 0 at the last step
+    ({"max_length": 32}, "`max_length` was 64, is 32"),
+    ({"response_length": 8}, "`response_length` was None, is 8"),
+    ({"block_length": 16}, "`block_length` was None, is 16"),
+    ({"loss_weighting": "token"}, "`loss_weighting` was 'inverse_t', is 'token'"),
+    ({"per_device_train_batch_size": 4}, "`global batch size` was 8, is 4"),
+    ({"gradient_accumulation_steps": 2}, "`global batch size` was 8, is 16"),
+    ({"dataset": Dataset.from_list(rows(30))}, "`train_dataset.rows` was 40, is 30"),
+    ({"dataset": Dataset.from_list(rows(40)[::-1])}, "`train_dataset.digest` was '"),
+    ({"peft_config": None}, "`adapter.peft_type` was 'LORA', is None"),
+    ({"peft_config": LoraConfig(r=4)}, "`adapter.r` was 2, is 4"),
+    ({"peft_config": LoraConfig(r=2, lora_alpha=1)}, "`adapter.lora_alpha` was 8, is 1"),
+    ({"peft_config": LoraConfig(r=2, target_modules=["k_proj"])}, "`adapter.target_modules` was "),
+    ({"peft_config": IA3Config(target_modules=["k_proj"], feedforward_modules=[])}, "`adapter.peft_type` was 'LORA'"),
+    ({"model": FAMILIES["llada"].small(seed=3)}, "`weights under the adapter` was '"),
+    ({"model": FAMILIES["llada"].small().bfloat16()}, "`dtype` was 'torch.float32', is 'torch.bfloat16'"),
+]
+FREE_SETTINGS = [
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"logging_steps": 2, "save_steps": 3, "save_total_limit": 1},
+    {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Dataset.from_list(rows(3)), "eval_on_start": True},
+    {"gradient_checkpointing": True, "pad_to_multiple_of": 8, "dataset_num_proc": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory, word_tokenizer):
+    """A folder with checkpoints of an adapter after two and four steps, and the weights at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, weights_after(adapter_trainer(folder, word_tokenizer))
+
+
+def adapter_trainer(folder, tokenizer, model=None, **changes):
+    options = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    options |= {"peft_config": LoraConfig(r=2), "lr_scheduler_type": "linear"}
+    model = FAMILIES["llada"].small() if model is None else copy.deepcopy(model)
+    return build_trainer(folder, tokenizer, model, **(options | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_SETTINGS)
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, word_tokenizer, a_run, changes, message):
+    trainer = adapter_trainer(tmp_path, word_tokenizer, **changes)
+    with pytest.raises(ValueError, match=f"is of a run with other settings: .*{re.escape(message)}"):
+        trainer.train(resume_from_checkpoint=str(a_run[0] / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("changes", FREE_SETTINGS)
+def test_a_run_goes_on_where_the_same_steps_are_made(tmp_path, word_tokenizer, a_run, changes):
+    folder, expected = a_run
+    trainer = adapter_trainer(tmp_path, word_tokenizer, **changes)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    found = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_how_long_a_run_is_may_change_where_nothing_depends_on_it(tmp_path, word_tokenizer, make_trainer):
+    options = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    make_trainer(tmp_path, word_tokenizer, max_steps=2, **options).train()
+    longer = weights_after(make_trainer(tmp_path / "longer", word_tokenizer, max_steps=4, **options))
+    trainer = make_trainer(tmp_path, word_tokenizer, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(longer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    with pytest.raises(ValueError, match=r"`warmup_steps` was 0, is 0\.5"):
+        make_trainer(tmp_path, word_tokenizer, max_steps=6, **options, warmup_steps=0.5).train(True)
+
+
+def test_checkpoints_without_settings_go_on_with_a_warning(tmp_path, word_tokenizer, make_trainer, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, word_tokenizer, max_steps=1, **options).train()
+    (tmp_path / "checkpoint-1" / "settings.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, word_tokenizer, max_steps=2, seed=3, **options).train(resume_from_checkpoint=True)
+    assert "checkpoint-1 has no settings.json: whether it was trained with other settings is unknown" in caplog.text
+
+
+def test_the_record_of_a_training(tmp_path, word_tokenizer, make_trainer):
+    """Says 0 where something is 0, and one length of the training."""
+    trainer = make_trainer(tmp_path, word_tokenizer, max_steps=1, weight_decay=0.0, optim="sgd", warmup_steps=3)
+    trainer.train()
+    trainer.save_model()
+    arguments = json.loads((tmp_path / "training.json").read_text())["arguments"]
+    expected = {"max_steps": "1", "weight_decay": "0.0", "optim": "sgd", "warmup_steps": "3", "global batch": 8}
+    assert arguments.items() >= expected.items()
+    assert not {"num_train_epochs", "bf16", "fp16", "block_length", "pad_to_multiple_of"} & arguments.keys()
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokenizer, make_trainer, small_model):

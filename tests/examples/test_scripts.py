@@ -115,6 +115,9 @@ def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word
     assert (model.generation_config.unmasking, model.generation_config.threshold) == ("entropy_threshold", 0.3)
     assert (tmp_path / "out" / "merged" / "tokenizer.json").exists()
     assert (tmp_path / "out" / "adapter_model.safetensors").exists() == use_peft
+    if use_peft:
+        again = call("distill.py", *flags, "--use_peft", "--lora_r", 4, cwd=tmp_path)
+        assert again.returncode == 1 and "other settings: `adapter.r` was 16, is 4. Go on" in again.stderr
 
 
 @pytest.mark.slow

@@ -5,8 +5,9 @@
 
 A dataset that has answers (`completion`, `messages`, or the columns of `generate_trajectories.py`) is learned as it
 is. One with prompts alone is answered by the model first, into OUTPUT_DIR/trajectories. Answers that were judged wrong
-are left out. Started again after a kill, it goes on from the last checkpoint. OUTPUT_DIR/merged is the plain model,
-with remote code, tokenizer, and the policy and threshold that it was distilled for.
+are left out. Started again after a kill, it goes on from the last checkpoint, if nothing that decides the training was
+changed. OUTPUT_DIR/merged is the plain model, with remote code, tokenizer, and the policy and threshold that it was
+distilled for.
 """
 
 import json

@@ -255,6 +255,8 @@ class MaskedDiffusionTrainer(Trainer):
         # Those that a data collator of one's own may want are kept if asked for.
         columns = [column for column in first if args.remove_unused_columns and column not in BATCH_COLUMNS]
         if isinstance(dataset, IterableDataset):
+            if args.dataloader_drop_last and name == "train_dataset":
+                raise ValueError("`dataloader_drop_last=True` is not allowed with a stream: Trainer would ignore it.")
             counts = {"seen": 0, "dropped": 0}
             return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
                 has_response, fn_kwargs={"counts": counts, "name": name}

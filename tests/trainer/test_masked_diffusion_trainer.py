@@ -1,6 +1,7 @@
 """The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
 
 import copy
+import itertools
 import json
 import logging
 import re
@@ -277,6 +278,9 @@ def test_batches_that_are_not_filled(tmp_path, word_tokenizer, make_trainer):
         trainer.train()
     with pytest.raises(ValueError, match="no batch to evaluate: with `dataloader_drop_last=True` and `per_device_"):
         trainer.evaluate()
+    stream = Dataset.from_list(rows(5)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`dataloader_drop_last=True` is not allowed with a stream"):
+        make_trainer(tmp_path, word_tokenizer, dataset=stream, dataloader_drop_last=True, max_steps=1)
 
 
 def test_rows_cannot_be_cut_between_devices(tmp_path, word_tokenizer, make_trainer, monkeypatch):
@@ -615,8 +619,10 @@ def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_train
     assert trainer.state.best_metric == best
 
 
-@pytest.mark.parametrize("kind", [None, "LoRA", "DoRA", "norms"])
-@pytest.mark.parametrize("name", [*FAMILIES, "shifted"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*itertools.product(FAMILIES, [None, "LoRA", "DoRA", "norms"]), ("shifted", None), ("shifted", "LoRA")],
+)
 def test_vectors_do_not_decay(tmp_path, word_tokenizer, name, kind):
     """Norms and biases, whatever they are called, and matrices alone."""
     adapters = {
@@ -624,8 +630,6 @@ def test_vectors_do_not_decay(tmp_path, word_tokenizer, name, kind):
         "DoRA": LoraConfig(target_modules="all-linear", use_dora=True),
         "norms": LNTuningConfig(target_modules=[getattr(FAMILIES.get(name), "norm", "none").rpartition(".")[2]]),
     }
-    if name == "shifted" and kind == "norms":
-        pytest.skip("it has none")
     options = {"weight_decay": 0.1, "peft_config": adapters.get(kind)}
     trainer = build_trainer(tmp_path, word_tokenizer, any_model(name), **options)
     decayed, others = (group["params"] for group in trainer.create_optimizer().param_groups)

@@ -5,9 +5,9 @@
 
 A dataset that has answers (`completion`, `messages`, or the columns of `generate_trajectories.py`) is learned as it
 is. One with prompts alone is answered by the model first, into OUTPUT_DIR/trajectories, which `push_dataset` takes.
-Answers that were judged wrong are left out. Started again after a kill, it goes on from the last checkpoint.
-OUTPUT_DIR/merged is the plain model, with remote code, tokenizer, and the policy and threshold that it was distilled
-for.
+Answers that were judged wrong are left out. Started again after a kill, it goes on from the last checkpoint, if
+nothing that decides the training was changed. OUTPUT_DIR/merged is the plain model, with remote code, tokenizer, and
+the policy and threshold that it was distilled for.
 """
 
 import json
@@ -121,7 +121,8 @@ def main():
     checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
     if checkpoint and trainer.accelerator.is_main_process:
         print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with plain_errors(ValueError):
+        trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 

@@ -10,7 +10,7 @@ from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 def main():
     parser = CommandParser(__doc__, prog="python -m dparallel.hub_cards.push_dataset")
-    parser.add_argument("dataset", help="folder of save_to_disk(), or of examples/generate_trajectories.py")
+    parser.add_argument("dataset", help="folder of save_to_disk(), generate_trajectories.py or distill.py")
     parser.add_argument("repo_id", help="user/name")
     parser.add_argument("--model", help="Hub id of the teacher")
     parser.add_argument("--sources", nargs="+", metavar="ID", help="datasets that the prompts come from")

@@ -182,8 +182,8 @@ class DiffusionGenerationMixin(GenerationMixin):
         is_empty = inputs is None and input_ids is None and config.bos_token_id is not None
         if not is_empty and (inputs is None) == (input_ids is None):
             raise ValueError(
-                "Exactly one of `inputs` and `input_ids` must be given, token ids of shape (B, P); or neither, where a "
-                "`bos_token_id` is known."
+                "Exactly one of `inputs` and `input_ids` must be given, token ids of shape (B, P); or neither, if "
+                "`bos_token_id` is set."
             )
         input_ids = inputs if input_ids is None else input_ids
         if is_empty:

@@ -3,6 +3,7 @@
 from .certainty_forcing_config import CertaintyForcingConfig
 from .certainty_forcing_trainer import CertaintyForcingTrainer
 from .checkpoints import last_complete_checkpoint
+from .diffusion_training_config import DiffusionTrainingConfig
 from .filter_trainer import (
     FilterConfig,
     FilterTrainer,
@@ -19,6 +20,7 @@ __all__ = [
     "CertaintyForcingConfig",
     "CertaintyForcingTrainer",
     "DataCollatorForMaskedDiffusion",
+    "DiffusionTrainingConfig",
     "FilterConfig",
     "FilterTrainer",
     "MaskedDiffusionConfig",

@@ -7,7 +7,7 @@ from accelerate.logging import get_logger
 
 from dparallel.modeling import POLICIES
 
-from .masked_diffusion_config import MaskedDiffusionConfig
+from .diffusion_training_config import DiffusionTrainingConfig
 
 logger = get_logger(__name__)
 
@@ -24,8 +24,8 @@ PUBLISHED = {
 
 
 @dataclass
-class CertaintyForcingConfig(MaskedDiffusionConfig):
-    """`MaskedDiffusionConfig` with what certainty-forcing distillation needs. The defaults are what dParallel
+class CertaintyForcingConfig(DiffusionTrainingConfig):
+    """`DiffusionTrainingConfig` with what certainty-forcing distillation needs. The defaults are what dParallel
     published; what depends on the model's family is left open, and the trainer takes the family's (`PUBLISHED`;
     LLaDA's for families that are not there). For the length of the training see the README's recipes.
 
@@ -36,7 +36,8 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
     max_length: int | None = field(
         default=0,
         metadata={
-            "help": "Tokens of prompt and response together, as in MaskedDiffusionConfig. 0: the lengths of the "
+            "help": "Tokens of prompt and response together. Longer responses are cut, shorter ones are filled up "
+            "with end-of-text, which is learned as well. None: no limit, and one end-of-text. 0: the lengths of the "
             "family, 384 for both together (LLaDA), or 256 for the response alone (Dream)."
         },
     )
@@ -49,7 +50,7 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
             "choices": list(MASKINGS),
         },
     )
-    block_length: int | None = field(
+    block_length: int = field(
         default=32, metadata={"help": "Tokens per block; the last one may be shorter. Not used by 'response'."}
     )
     mask_ratio: float = field(
@@ -62,7 +63,10 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         default=True, metadata={"help": "Add a second view that scores the tokens that the first one leaves."}
     )
     block_length_start: int | None = field(
-        default=None, metadata={"help": "Let the block length grow from this to `block_length` during training."}
+        default=None,
+        metadata={
+            "help": "Let the block length grow from this to `block_length` during training. Not with 'response'."
+        },
     )
     mask_ratio_start: float | None = field(
         default=None, metadata={"help": "Let the mask ratio go from this to `mask_ratio` during training."}
@@ -92,10 +96,10 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
 
     def __post_init__(self):
         super().__post_init__()
-
+        self._require(self.max_length is None or self.max_length >= 0, "max_length", "at least 1, None, or 0")
         allowed = f"one of {', '.join(map(repr, MASKINGS))}, or None"
         self._require(self.masking in (*MASKINGS, None), "masking", allowed)
-        self._require(self.block_length is not None, "block_length", "at least 1 (`masking='response'` ignores it)")
+        self._require((self.block_length or 0) >= 1, "block_length", "at least 1 (`masking='response'` ignores it)")
         start = self.block_length_start
         self._require(start is None or 1 <= start, "block_length_start", "at least 1, or None")
         self._require(0 < self.mask_ratio <= 1, "mask_ratio", "above 0 and at most 1")
@@ -114,10 +118,6 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
         self._require(self.eval_decoding_samples >= 0, "eval_decoding_samples", "at least 0")
         for name in ("eval_max_new_tokens", "eval_decoding_batch_size"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
-        default = type(self).__dataclass_fields__["loss_weighting"].default
-        self._require(
-            self.loss_weighting == default, "loss_weighting", "left out: here, rows are means over their tokens"
-        )
 
     def completed(self, model_type):
         settled, family = copy.copy(self), PUBLISHED.get(model_type, PUBLISHED["llada"])
@@ -126,9 +126,15 @@ class CertaintyForcingConfig(MaskedDiffusionConfig):
                 setattr(settled, name, family[name])
         if self.max_length == 0:
             settled.max_length = family["max_length"]
+        is_used = self.block_length_start is None or settled.masking != "response"
+        self._require(is_used, "block_length_start", f"None with `masking={settled.masking!r}`, which has no blocks")
         if model_type not in PUBLISHED and vars(settled) != vars(self):
             logger.warning(f"Nothing was published for the model type {model_type!r}: LLaDA's settings are used.")
         return settled
+
+    @property
+    def changes_with_progress(self):
+        return self.mask_ratio_start is not None or self.block_length_start is not None
 
     @property
     def decoding(self) -> dict:

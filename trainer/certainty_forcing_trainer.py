@@ -139,15 +139,23 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         return args.trajectory_weight * trajectory + args.certainty_weight * certainty, metrics
 
     def get_eval_dataloader(self, eval_dataset=None):
-        # The prepared dataset has lost the columns that the judge may want.
         raw = eval_dataset
         if eval_dataset is None or eval_dataset is self.eval_dataset:
             raw = self._raw_eval_dataset
         elif isinstance(eval_dataset, str):
             raw = self._raw_eval_dataset[eval_dataset]
-        self._require_prompts(raw)
-        self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
+        self._choose_decoding_rows(raw)
         return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        self._choose_decoding_rows(test_dataset)
+        return super().get_test_dataloader(test_dataset)
+
+    def _choose_decoding_rows(self, raw):
+        """From the dataset as it was given: the prepared one has lost the columns that the judge may want."""
+        if raw is not None:  # else Trainer says what is missing
+            self._require_prompts(raw)
+            self._decoding_rows = list(islice(raw, self.args.eval_decoding_samples))
 
     def _require_prompts(self, dataset):
         """If it is to be decoded."""
@@ -180,9 +188,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
             settings["synced_gpus"] = True
         for start in range(0, len(mine), self.args.eval_decoding_batch_size):
             batch = mine[start : start + self.args.eval_decoding_batch_size]
-            prompts = [
-                tokenize_prompt(row.get("prompt") or row["messages"][:-1], self.processing_class) for row in batch
-            ]
+            prompts = [tokenize_prompt(row, self.processing_class) for row in batch]
             decoded += decode_prompts(model, self.processing_class, prompts, **settings)
         if is_sharded:
             model.reshard()

@@ -60,7 +60,7 @@ def load_weights(model, checkpoint):
             f"`resume_from_checkpoint={str(checkpoint)!r}` is not allowed under another layout: it has no "
             f"{name}.safetensors, as FSDP writes them with `fsdp_state_dict_type: FULL_STATE_DICT` only."
         )
-    known = {name: name for name in map(_plain_name, model.state_dict())}  # by the name that it is saved under
+    known = {name: name for name in map(plain_name, model.state_dict())}  # by the name that it is saved under
     if isinstance(model, PeftModel):
         known = get_peft_model_state_dict(model, known, model.active_adapter, save_embedding_layers=True)
     state = {}
@@ -71,7 +71,7 @@ def load_weights(model, checkpoint):
     state = {known[name]: tensor for name, tensor in state.items()}
     if _is_first():
         # A tied weight is saved by one of its names.
-        parameters = {_plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
+        parameters = {plain_name(name): each for name, each in model.named_parameters(remove_duplicate=False)}
         loaded = {id(parameters[name]) for name in state if name in parameters}
         missing = [name for name, each in parameters.items() if each.requires_grad and id(each) not in loaded]
         if missing:
@@ -114,16 +114,18 @@ def load_optimizer(model, optimizer, checkpoint):
         return
     state = state if _is_first() else {}
     if state and files[0].name == "optimizer.pt":
-        name_of = {parameter: _plain_name(name) for name, parameter in model.named_parameters()}
+        name_of = {parameter: plain_name(name) for name, parameter in model.named_parameters()}
         name_of = {number: name_of[parameter] for number, parameter in zip(saved, trained, strict=True)}
         groups = [{**group, "params": [name_of[n] for n in group["params"]]} for group in groups]
         state = {"state": {name_of[n]: moments for n, moments in state["state"].items()}, "param_groups": groups}
     set_optimizer_state_dict(model, optimizer, state, options=_options())
 
 
-def _plain_name(name):
-    """A weight's name without what compiling and checkpointing a module put into it, as it is saved."""
-    return name.replace("_orig_mod.", "").replace("_checkpoint_wrapped_module.", "")
+def plain_name(name):
+    """A weight's name without what compiling, checkpointing and wrapping a module put into it, as it is saved."""
+    for added in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
+        name = name.replace(added, "")
+    return name
 
 
 def _is_first():

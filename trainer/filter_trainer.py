@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from datasets import Dataset, LargeList, List
-from transformers import Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from dparallel.modeling import UnmaskingFilter, token_statistics
 from dparallel.modeling.unmasking_filter import FILLING, STATISTICS
 
+from .diffusion_training_config import WITHOUT_EFFECT, refuse_what_has_no_effect
 from .resumable_shards import map_in_shards
 from .trajectories import model_digest, rows_digest
 
@@ -159,8 +160,12 @@ class FilterConfig(TrainingArguments):
     metric_for_best_model: str | None = field(default="eval_loss", metadata={"help": "What best means."})
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluate the loss alone."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Rows hold what filters read, and no more."})
+    disable_tqdm: bool | None = field(
+        default=True, metadata={"help": "Print nothing. False: a progress bar, and each epoch's evaluation."}
+    )
 
     def __post_init__(self):
+        refuse_what_has_no_effect(self, {"label_smoothing_factor": WITHOUT_EFFECT["label_smoothing_factor"]})
         if not 0 < self.eval_share < 1:
             raise ValueError(f"`eval_share={self.eval_share!r}` is not allowed: it must be between 0 and 1.")
         super().__post_init__()
@@ -218,6 +223,7 @@ class FilterTrainer(Trainer):
             data_collator=_Passes.collate,
             **kwargs,
         )
+        self.remove_callback(PrinterCallback)  # which Trainer has where there is no progress bar
 
 
 def acceptance_rates(accepts_by: UnmaskingFilter | str, records: Dataset, thresholds) -> list[dict]:

@@ -1,5 +1,6 @@
-"""Losses of masked diffusion language models, as plain functions of logits. They are given row by row and averaged
-last, so that one batch of N rows, N batches of one, and every split over processes give the same gradient."""
+"""Losses of masked diffusion language models, as plain functions of logits. They are given row by row, and trainers
+average them last, over all rows of an optimizer step: one batch of N rows, micro-batches of any sizes, and every split
+over processes give the same gradient."""
 
 from torch.nn import functional as F
 

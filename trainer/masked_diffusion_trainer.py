@@ -1,5 +1,6 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
+import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -7,26 +8,43 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
 from huggingface_hub import HfApi
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
 
 from dparallel.hub_cards.model_cards import model_card
-from dparallel.hub_cards.upload import upload
+from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
-from .checkpoints import DEEPSPEED, FSDP, PLAIN, last_complete_checkpoint, layout_of, load_optimizer, load_weights
+from .checkpoints import (
+    DEEPSPEED,
+    FSDP,
+    PLAIN,
+    last_complete_checkpoint,
+    layout_of,
+    load_optimizer,
+    load_weights,
+    plain_name,
+)
 from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
 from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
+from .run_settings import SETTINGS_FILE, changed_settings, model_settings, run_settings, save_settings
 from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
 from .training_record import hub_datasets, save_training_record, training_record
 
 logger = get_logger(__name__)
 
+OF_A_RUN = ("trainer_state.json", SETTINGS_FILE)  # in a checkpoint, beside the model
 BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id", "unmasking_step"]
+
+
+def _as_list(value):
+    return [value] if isinstance(value, str) else list(value or [])
 
 
 @dataclass
@@ -73,11 +91,14 @@ class MaskedDiffusionTrainer(Trainer):
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dict of them): rows with
             `prompt` and `completion` (text or messages), `messages` (the last one, the assistant's, is the response),
             `text` (all of it is learned), or `input_ids` and `prompt_length`, with or without `unmasking_step`
-            (of each response token), as `trajectories.generate_trajectories` makes them.
-        processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the model's own tokenizer.
+            (of each response token), as `trajectories.generate_trajectories` makes them. Messages may have `tools` and
+            `chat_template_kwargs` beside them, and are rendered as by TRL.
+        processing_class (`PreTrainedTokenizerBase`, *optional*): defaults to the tokenizer of where the model was
+            loaded from.
         compute_metrics: refused; masked accuracy and confidence are always reported.
         callbacks, optimizers: as in `Trainer`.
-        peft_config (`PeftConfig`, *optional*): wraps the model in an adapter.
+        peft_config (`PeftConfig`, *optional*): wraps the model in an adapter. Those of virtual tokens are refused:
+            prompt tuning, P-tuning, prefix tuning.
 
     Logged besides the loss: `masked_accuracy` (share of masked tokens whose prediction is right), `mean_confidence`
     (probability of the predicted token at masked positions) and `mean_entropy` (there, in nats); at evaluation with
@@ -122,18 +143,28 @@ class MaskedDiffusionTrainer(Trainer):
             source = {
                 k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
             }
-            processing_class = AutoTokenizer.from_pretrained(model.config._name_or_path, **source)
+            processing_class = self._tokenizer_of(model, source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")
         self.mask_token_id = model.config.mask_token_id
         self.logits_shift = model.logits_shift
         if peft_config is not None:
             model = self._wrap_in_adapter(model, args, peft_config)
+        for adapter in model.peft_config.values() if isinstance(model, PeftModel) else ():
+            if adapter.is_prompt_learning:
+                raise ValueError(
+                    f"Adapters of type {adapter.peft_type.value} are not supported: their virtual tokens stand before "
+                    f"the text, and the positions that are learned would be others. Use LoRA, for example."
+                )
         if data_collator is None:
             pad_token_id = processing_class.pad_token_id
             data_collator = DataCollatorForMaskedDiffusion(
                 processing_class.eos_token_id if pad_token_id is None else pad_token_id, args.pad_to_multiple_of
             )
+        # Before weights are sharded. (DeepSpeed's ZeRO-3 has done so, and keeps their shapes.)
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        self._vectors = {name for name, shape in shapes.items() if len(shape) < 2}
+        self._model_settings = model_settings(model)
         self._hub_datasets = hub_datasets(train_dataset)
         if train_dataset is not None:
             train_dataset = self._prepare_dataset(train_dataset, "train_dataset", processing_class, args)
@@ -163,12 +194,33 @@ class MaskedDiffusionTrainer(Trainer):
                 "`fsdp_activation_checkpointing: true` is not allowed with an adapter, which would be saved without "
                 "its weights: set `gradient_checkpointing=True` instead."
             )
-        # The loss is a mean over the micro-batch: without this, Trainer takes it for a sum over the whole batch.
-        self.model_accepts_loss_kwargs = False
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise ValueError(
+                "`parallelism_config` with context or sequence parallelism is not allowed: the masks and losses of a "
+                "row need all of it on one device."
+            )
+        # So Trainer does not divide by the number of micro-batches what `get_batch_samples` has weighted.
+        self.model_accepts_loss_kwargs = True
+        self._unfinished_step = []
         self._train_metrics = torch.zeros(())  # (number of metrics, 2) once something was counted
         self._epoch = 0
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
+
+    @staticmethod
+    def _tokenizer_of(model, kwargs):
+        name = model.config._name_or_path
+        if not name:
+            raise ValueError(
+                "`processing_class` is not given, and the model was not loaded from anywhere: pass its tokenizer."
+            )
+        try:
+            return AutoTokenizer.from_pretrained(name, **kwargs)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"`processing_class` is not given, and no tokenizer could be loaded from {name!r}, where the model "
+                f"comes from: pass it. ({error})"
+            ) from error
 
     @staticmethod
     def _wrap_in_adapter(model, args, peft_config):
@@ -200,8 +252,11 @@ class MaskedDiffusionTrainer(Trainer):
             "mask_token_id": self.mask_token_id,
             "name": name,
         }
-        columns = [column for column in first if column not in BATCH_COLUMNS]
+        # Those that a data collator of one's own may want are kept if asked for.
+        columns = [column for column in first if args.remove_unused_columns and column not in BATCH_COLUMNS]
         if isinstance(dataset, IterableDataset):
+            if args.dataloader_drop_last and name == "train_dataset":
+                raise ValueError("`dataloader_drop_last=True` is not allowed with a stream: Trainer would ignore it.")
             counts = {"seen": 0, "dropped": 0}
             return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
                 has_response, fn_kwargs={"counts": counts, "name": name}
@@ -234,18 +289,48 @@ class MaskedDiffusionTrainer(Trainer):
             )
         return kept
 
+    def get_train_dataloader(self):
+        dataloader = super().get_train_dataloader()
+        if self.args.dataloader_drop_last and has_length(dataloader) and len(dataloader) == 0:
+            size = self._train_batch_size * self.args.world_size
+            raise ValueError(
+                f"`dataloader_drop_last=True` is not allowed with {len(self.train_dataset)} examples in "
+                f"`train_dataset`: they do not fill one batch, of {size} over all processes."
+            )
+        return dataloader
+
     def get_eval_dataloader(self, eval_dataset=None):
         is_known = eval_dataset is self.eval_dataset  # Trainer passes the one of construction on
-        if isinstance(eval_dataset, (Dataset, IterableDataset)) and not is_known:
-            eval_dataset = self._prepare_dataset(eval_dataset, "eval_dataset", self.processing_class, self.args)
-        return super().get_eval_dataloader(eval_dataset)
+        return super().get_eval_dataloader(eval_dataset if is_known else self._prepare_if_raw(eval_dataset, "eval"))
+
+    def get_test_dataloader(self, test_dataset):
+        return super().get_test_dataloader(self._prepare_if_raw(test_dataset, "test"))
+
+    def _prepare_if_raw(self, dataset, kind):
+        """A dataset, but not None or the name of one."""
+        if not isinstance(dataset, (Dataset, IterableDataset)):
+            return dataset
+        return self._prepare_dataset(dataset, f"{kind}_dataset", self.processing_class, self.args)
+
+    def get_decay_parameter_names(self, model):
+        """As in `Trainer`, but by shape as well as by name: no vector decays, that is no norm, bias or magnitude,
+        whatever it is called (LLaDA's final norm is `ln_f`)."""
+        return [name for name in super().get_decay_parameter_names(model) if plain_name(name) not in self._vectors]
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete, and one that
         was saved under FSDP goes on under DDP and on one device, and the other way round, on any number of them.
 
+        A run goes on as it began. What decides its steps must be the same: the optimizer and its schedule, seeds,
+        precision, masks, losses, lengths, the rows of `train_dataset` (of a stream, nothing is compared), the adapter
+        and the weights under it, the global batch size; `max_steps` and `num_train_epochs` only where the schedule of
+        the learning rate, or a mask ratio or block length that grows, depends on them. The rest may change: folders,
+        what is logged, evaluated, saved and pushed and when, the number of processes and the size of micro-batches
+        that make up the same global batch, checkpointing, compilation, workers, and how evaluation decodes.
+
         Raises:
-            ValueError: for a checkpoint of DeepSpeed under another layout, or of another one under DeepSpeed.
+            ValueError: for a checkpoint of a run with other settings, naming each with its old and new value; for one
+                of DeepSpeed under another layout, or of another one under DeepSpeed.
         """
         if resume_from_checkpoint is True:
             # Without one, Trainer says so.
@@ -258,10 +343,28 @@ class MaskedDiffusionTrainer(Trainer):
                     f"is {layouts[1]}: what DeepSpeed saves, DeepSpeed alone goes on with. Resume it under "
                     f"{layouts[0]}, or start a new run from its weights."
                 )
+        if isinstance(resume_from_checkpoint, (str, Path)) and Path(resume_from_checkpoint).is_dir():
+            is_first = self.is_world_process_zero()
+            changed = [changed_settings(resume_from_checkpoint, self._run_settings()) if is_first else None]
+            if changed := broadcast_object_list(changed)[0]:
+                raise ValueError(
+                    f"`resume_from_checkpoint={str(resume_from_checkpoint)!r}` is of a run with other settings: "
+                    f"{changed}. Go on with those it had, or start a new run in another `output_dir`."
+                )
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         # For `merge_adapter(trainer.model, ...)` and `push_model`, which have no folder to look in.
         self.accelerator.unwrap_model(self.model).training_record = training_record(self, self._hub_datasets)
         return output
+
+    def _run_settings(self):
+        batch_size = None if self.args.auto_find_batch_size else self.get_total_train_batch_size(self.args)
+        return {**run_settings(self.args, self.train_dataset, batch_size), **self._model_settings}
+
+    def _save_checkpoint(self, model, trial):
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            save_settings(self._run_settings(), folder)
+        super()._save_checkpoint(model, trial)
 
     @property
     def _layout(self):
@@ -291,6 +394,36 @@ class MaskedDiffusionTrainer(Trainer):
             )
         load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
         self.lr_scheduler.load_state_dict(torch.load(schedule, weights_only=True))
+
+    def _inner_training_loop(self, *args, **kwargs):
+        # Called again by `auto_find_batch_size` after it ran out of memory: what that try counted must not be logged.
+        self._unfinished_step, self._train_metrics = [], torch.zeros(())
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of this process for one optimizer step, as in `Trainer`, and the number of rows that all
+        processes have for it. Each batch gets `row_weight` (B,), such that the sum of weighted losses has the gradient
+        of the mean over all rows of the step, however they are split: a row counts as much in a last micro-batch that
+        is smaller, and not at all where it repeats another to fill the last batch of a process.
+
+        What a stream has left at its end for less than a step goes into the first step of the next epoch; of a stream
+        it is not known which rows its last batch repeats."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches - len(self._unfinished_step), device)
+        batches = [*self._unfinished_step, *batches]
+        if len(batches) < num_batches:
+            self._unfinished_step = batches
+            return [], None
+        self._unfinished_step = []
+        sizes = [len(batch["input_ids"]) for batch in batches]
+        counts, state = sizes.copy(), self.accelerator.gradient_state
+        # Batches of `batch_rebalance` are no slices of one global batch, and repeat nothing.
+        if state.end_of_dataloader and state.remainder > 0 and self.args.train_sampling_strategy != "batch_rebalance":
+            counts[-1] = min(max(state.remainder - self.args.process_index * sizes[-1], 0), sizes[-1])
+        rows = self.accelerator.reduce(torch.tensor(sum(counts), device=device), "sum")
+        for batch, size, count in zip(batches, sizes, counts, strict=True):
+            is_counted = torch.arange(size, device=device) < count
+            batch["row_weight"] = is_counted * (self.args.world_size / rows)  # DDP averages over the processes
+        return batches, rows
 
     def _run_epoch(self, model, epoch, *args, **kwargs):
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
@@ -352,8 +485,13 @@ class MaskedDiffusionTrainer(Trainer):
                 f"`learning_rate={self.args.learning_rate}`, raise `warmup_steps`, or train in bfloat16 or float32 "
                 f"instead of float16; and check that the model's own weights are finite."
             )
-        self._train_metrics = self._train_metrics.to(metrics.device) + metrics.sum(dim=0)
-        return (losses.mean(), outputs) if return_outputs else losses.mean()
+        # A batch that is not of a training step is one of its own.
+        weights = inputs.get("row_weight", torch.full_like(losses, 1 / len(losses)))
+        self._train_metrics = self._train_metrics.to(metrics.device) + (metrics * (weights > 0)[:, None, None]).sum(
+            dim=0
+        )
+        loss = (weights * losses).sum()
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -366,6 +504,11 @@ class MaskedDiffusionTrainer(Trainer):
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
         self._evaluation_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if not self._evaluation_rows:
+            raise ValueError(
+                f"There is no batch to evaluate: with `dataloader_drop_last={self.args.dataloader_drop_last}` and "
+                f"`per_device_eval_batch_size={self.args.per_device_eval_batch_size}` the dataset is too small."
+            )
         rows = torch.cat(self._evaluation_rows)
         # Into the metrics and not only into the log, so that the best checkpoint can be chosen by them.
         metrics = {"loss": rows[:, 0].mean().item(), **self._named_metrics(rows[:, 1:].sum(dim=0).view(-1, 2))}
@@ -384,30 +527,54 @@ class MaskedDiffusionTrainer(Trainer):
         return {name: total / weight for name, (total, weight) in pairs if weight}
 
     def _save(self, output_dir=None, state_dict=None):
+        card = Path(output_dir or self.args.output_dir) / "README.md"
+        own = card.read_text() if card.exists() else None
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            save_training_record(self, self._hub_datasets, output_dir or self.args.output_dir)
+            save_training_record(self, self._hub_datasets, card.parent)
+            # peft writes an empty form, with the base model's path on this machine: `create_model_card` does better.
+            card.unlink(missing_ok=True) if own is None else card.write_text(own)
 
     def create_model_card(
         self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None,
         dataset_tags=None, dataset=None, dataset_args=None,
     ):  # fmt: skip
         """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
-        (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`; the card
-        has no place for `tasks`, `dataset_tags` and `dataset_args`."""
+        (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`, but
+        `dataset` and `dataset_tags` are both Hub ids, and `model_name` counts only without a `hub_model_id`.
+
+        Raises:
+            ValueError: for `tasks` other than "text-generation", and for `dataset_args`, which have no place in it.
+        """
+        if tasks not in (None, "text-generation", ["text-generation"]):
+            raise ValueError(f"`tasks={tasks!r}` is not allowed: these models are for 'text-generation'.")
+        if dataset_args is not None:
+            raise ValueError(f"`dataset_args={dataset_args!r}` is not allowed: the card has no place for it.")
         folder = Path(self.args.output_dir)
         if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return
-        name = self.hub_model_id or model_name or folder.resolve().name
-        datasets = [dataset] if isinstance(dataset, str) else dataset
+        name = self.hub_model_id or self.args.hub_model_id or model_name or folder.resolve().name
+        datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)])) or None
         card = model_card(
             folder, name, base_model=finetuned_from, datasets=datasets, license=license, language=language
         )
-        wanted = [*card.data.tags, *self._tag_names, *([tags] if isinstance(tags, str) else tags or [])]
-        card.data.tags = list(dict.fromkeys(wanted))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *_as_list(tags)]))
         card.save(folder / "README.md")
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        # Trainer copies weights and configurations to `output_dir` and pushes what is there: with remote code, the
+        # record of the training and our card as well, what is pushed can be loaded.
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            files = {name: path for name, path in files_to_push(checkpoint_folder).items() if name not in OF_A_RUN}
+            for name, path in files.items():
+                target = Path(self.args.output_dir) / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(path, target)
+            if files.keys() & {"config.json", "adapter_config.json"}:  # else it is in parts, which cannot be loaded
+                self.create_model_card()
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(
         self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card

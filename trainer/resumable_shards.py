@@ -77,20 +77,24 @@ def _compare_settings(folder, settings):
     path = folder / "settings.json"
     if not path.exists():
         raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
-    saved, settings = _flat(json.loads(path.read_text())), _flat(settings)
-    changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
-    if changed:
-        differences = "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+    if changed := differences(json.loads(path.read_text()), settings):
         raise ValueError(
-            f"{folder} holds the shards of a job with other settings: {differences}. Choose another folder, or delete "
+            f"{folder} holds the shards of a job with other settings: {changed}. Choose another folder, or delete "
             f"this one."
         )
 
 
-def _flat(settings):
+def differences(saved, settings) -> str:
+    """Of two nested dictionaries of settings, those that differ, in words: "`name` was 1, is 2; ..."."""
+    saved, settings = flattened(saved), flattened(settings)
+    changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+    return "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
+
+
+def flattened(settings) -> dict:
     """{"a": {"b": 1}} to {"a.b": 1}, so that of many settings the one that differs is named."""
     flat = {}
     for name, value in settings.items():
-        inner = _flat(value) if isinstance(value, dict) and value else None
+        inner = flattened(value) if isinstance(value, dict) and value else None
         flat |= {name: value} if inner is None else {f"{name}.{key}": each for key, each in inner.items()}
     return flat

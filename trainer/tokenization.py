@@ -1,11 +1,14 @@
 """Rows of a dataset to tokens: a prompt, and a response that is learned."""
 
 import hashlib
+import json
 
 from accelerate.logging import get_logger
-from trl import is_conversational, maybe_apply_chat_template
+from transformers.utils import logging
+from trl import apply_chat_template, is_conversational
 
 logger = get_logger(__name__)
+row_logger = logging.get_logger(__name__)  # for what is said of rows, also in processes that accelerate did not start
 
 DATASET_FORMATS = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "prompt_length"))
 
@@ -45,10 +48,10 @@ def tokenize_example(example, tokenizer, max_length=None, response_length=None):
             raise ValueError(f"`messages` must end with the assistant's, but the last role is {answer['role']!r}.")
         if not prompt:
             raise ValueError("`messages` holds the assistant's answer alone: something must be asked before it.")
-        example = {"prompt": prompt, "completion": [answer]}
+        example = {**example, "prompt": prompt, "completion": [answer]}
     eos = tokenizer.eos_token_id
     if not {"prompt", "completion"} <= set(example):
-        ids = [*tokenizer(example["text"])["input_ids"], eos]
+        ids = [*tokenizer(_as_text(example, ("text",), tokenizer)[0]["text"])["input_ids"], eos]
         return {"input_ids": ids[:max_length], "prompt_length": 0}
     if (
         not example["prompt"]
@@ -58,22 +61,44 @@ def tokenize_example(example, tokenizer, max_length=None, response_length=None):
         raise ValueError(
             f"`prompt` and `completion` must both be text, or both messages, and not empty, in {example}."
         )
-    # A chat template writes its own special tokens.
-    add_special_tokens = not is_conversational(example)
-    example = maybe_apply_chat_template({key: example[key] for key in ("prompt", "completion")}, tokenizer)
-    prompt = tokenizer(example["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
-    response = [*tokenizer(example["completion"], add_special_tokens=False)["input_ids"], eos]
+    text, add_special_tokens = _as_text(example, ("prompt", "completion"), tokenizer)
+    prompt = tokenizer(text["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
+    response = [*tokenizer(text["completion"], add_special_tokens=False)["input_ids"], eos]
     row = {"input_ids": [*prompt, *response], "prompt_length": len(prompt)}
     return lay_out_tokens(row, eos, max_length, response_length)
 
 
-def tokenize_prompt(prompt, tokenizer):
-    """Text or messages to the token ids that an answer is written behind: the prompt of `tokenize_example`."""
+def tokenize_prompt(row, tokenizer):
+    """A row with `prompt` or `messages` to the token ids that an answer is written behind: the prompt of
+    `tokenize_example`. Of `messages`, the last one is the answer."""
+    prompt = row["prompt"] if row.get("prompt") or "messages" not in row else row["messages"][:-1]
     if not prompt:
         raise ValueError(f"`prompt={prompt!r}` is empty: it must be text or messages.")
-    add_special_tokens = not is_conversational({"prompt": prompt})
-    text = maybe_apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
-    return tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    text, add_special_tokens = _as_text({**row, "prompt": prompt}, ("prompt",), tokenizer)
+    return tokenizer(text["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
+
+
+def _as_text(row, columns, tokenizer):
+    """Of a row, the text of some columns, and whether the tokenizer is to add its special tokens. Messages become what
+    TRL makes of them, by the chat template (which writes its own special tokens), with the columns `tools` and
+    `chat_template_kwargs`."""
+    tools, kwargs = row.get("tools"), row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools  # as TRL allows
+    if not is_conversational({columns[0]: row[columns[0]]}):
+        for name, value in (("tools", tools), ("chat_template_kwargs", kwargs)):
+            if value:
+                raise ValueError(
+                    f"`{name}` is not allowed beside text: a chat template shows it, so that `{columns[0]}` must be "
+                    f"messages."
+                )
+        return row, True
+    for name, where in (("documents", "in `chat_template_kwargs`"), ("image", "left out"), ("images", "left out")):
+        if row.get(name):
+            raise ValueError(f"`{name}` is not allowed beside messages, which would not show it: it must be {where}.")
+    if tools and "tools" not in tokenizer.get_chat_template(kwargs.get("chat_template"), tools):
+        row_logger.warning_once("The chat template of `processing_class` does not show the `tools` of the rows.")
+    messages = {name: row[name] for name in columns} | {"chat_template_kwargs": kwargs}
+    return apply_chat_template(messages, tokenizer, tools), False
 
 
 def lay_out_tokens(row, eos_token_id, max_length=None, response_length=None):

@@ -17,7 +17,10 @@ ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
     "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16", "fp16", "gradient_checkpointing",
 )  # fmt: skip
-NOT_OF_THE_METHOD = ("model_init_kwargs", "dataset_num_proc", "pad_to_multiple_of")
+NOT_OF_THE_METHOD = (
+    "model_init_kwargs", "dataset_num_proc", "pad_to_multiple_of", "eval_decoding_samples", "eval_max_new_tokens",
+    "eval_decoding_batch_size",
+)  # fmt: skip
 CACHED = re.compile(r"/([^/]+?)___([^/]+)/[^/]+/[0-9.]+/")
 PACKAGES = ("dparallel", "transformers", "torch", "accelerate", "datasets", "peft")
 
@@ -40,9 +43,11 @@ def training_record(trainer, datasets) -> dict:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     values = args.to_dict()  # plain ones: "cosine" for SchedulerType.COSINE
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    names = [*ARGUMENTS, *(name for name in own if name not in NOT_OF_THE_METHOD)]
-    arguments = {name: values[name] for name in names if values[name] not in (None, False, -1)}
-    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    used = [name for name in ARGUMENTS if name != ("num_train_epochs" if args.max_steps > 0 else "max_steps")]
+    used = {name: values[name] for name in used if values[name] is not False}
+    used |= {name: values[name] for name in own if name not in NOT_OF_THE_METHOD}
+    arguments = {name: value for name, value in used.items() if value is not None}
+    batch_size = trainer.get_total_train_batch_size(args)  # which `auto_find_batch_size` may have made smaller
     adapter = getattr(model, "peft_config", {}).get("default")
     source = (adapter.base_model_name_or_path if adapter else None) or model.config._name_or_path
     where = here_and_now(PACKAGES, is_gpu=args.device.type == "cuda")

@@ -39,7 +39,8 @@ def generate_trajectories(
     Args:
         model (`PreTrainedModel`): the teacher, on its device.
         tokenizer (`PreTrainedTokenizerBase`): its tokenizer.
-        prompts (`Dataset`): with a column `prompt` of text or messages; other columns are carried along.
+        prompts (`Dataset`): with a column `prompt` of text or messages, and where it is messages `tools` and
+            `chat_template_kwargs`, as in TRL's datasets; all columns are carried along.
         output_dir (`str` or `Path`): where shards go; one folder for one job.
         judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and must
             always say the same of it. Verdicts are not saved: a changed judge needs no new decoding.
@@ -86,7 +87,7 @@ def generate_trajectories(
     limit = getattr(model.config, "max_position_embeddings", None)
     with PartialState().main_process_first():  # the other processes find the result in the cache
         prompts = prompts.map(
-            lambda row: {"input_ids": tokenize_prompt(row["prompt"], tokenizer)}, num_proc=num_proc, desc="Tokenizing"
+            lambda row: {"input_ids": tokenize_prompt(row, tokenizer)}, num_proc=num_proc, desc="Tokenizing"
         )
     for number, length in enumerate(map(len, prompts["input_ids"])):
         if limit is not None and length + max_new_tokens > limit:

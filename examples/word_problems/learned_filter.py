@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems, to_conversation
 from solving import ANSWER_LENGTH, evaluate, load_model
-from transformers import AutoTokenizer, PrinterCallback
+from transformers import AutoTokenizer
 
 from dparallel.hub_cards import here_and_now
 from dparallel.hub_cards.command_line import CommandParser
@@ -112,11 +112,10 @@ class Study:
                 unmasking_filter.read_tokenizer(self.tokenizer)
             config = FilterConfig(
                 str(targets[kind]), use_cpu=True, report_to="none", num_train_epochs=self.arguments.epochs,
-                logging_strategy="no", disable_tqdm=True,
+                logging_strategy="no",
             )  # fmt: skip
             training, held_out = split_by_prompt(records, config.eval_share)
             trainer = FilterTrainer(unmasking_filter, config, training, held_out)
-            trainer.remove_callback(PrinterCallback)  # a line for each epoch
             trainer.train()
             rates[f"{name}, {kind}"] = acceptance_rates(trainer.model, held_out, CANDIDATES["learned_filter"])
             trainer.model.save_pretrained(targets[kind])

@@ -165,6 +165,9 @@ def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word
     push_dataset(tmp_path / "out", "user/trajectories", dry_run=tmp_path / "dry")
     pushed = distillation.Dataset.from_parquet(str(next((tmp_path / "dry" / "data").iterdir())))
     assert {"prompt", "response", "correct", "settings"} <= set(pushed.column_names) and len(pushed) == len(PROMPTS)
+    if use_peft:
+        again = call("distill.py", *flags, "--use_peft", "--lora_r", 4, cwd=tmp_path)
+        assert again.returncode == 1 and "other settings: `adapter.r` was 16, is 4. Go on" in again.stderr
 
 
 @pytest.mark.slow

@@ -119,18 +119,19 @@ def test_a_batch_without_anything_to_score(tmp_path, word_tokenizer, make_traine
     assert losses[0] == 0 < losses[1]
 
 
-def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer):
+@pytest.mark.parametrize("count", [8, 10])
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer, count):
     results = [
         weights_after(
             make_trainer(
-                tmp_path, word_tokenizer, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-                max_steps=4, learning_rate=1e-3,
+                tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(count)), per_device_train_batch_size=size,
+                gradient_accumulation_steps=-(-count // size), max_steps=4, learning_rate=1e-3, optim="sgd",
             )
         )
-        for size in (8, 2, 1)
+        for size in (count, 8, 3, 1)
     ]  # fmt: skip
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
-    torch.testing.assert_close(results[0], results[2], atol=2e-5, rtol=1e-3)
+    for result in results[1:]:
+        torch.testing.assert_close(results[0], result, atol=1e-6, rtol=1e-5)
 
 
 def test_gradient_checkpointing_and_autocast(tmp_path, word_tokenizer, make_trainer):
@@ -258,6 +259,10 @@ def test_evaluation_of_other_and_of_several_datasets(tmp_path, word_tokenizer, m
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=first, **options)
     assert trainer.evaluate()["eval_decoding_accuracy"] == 1.0
     assert trainer.evaluate(other)["eval_decoding_accuracy"] == 0.0
+    assert trainer.predict(other).metrics["test_decoding_accuracy"] == 0.0
+    assert trainer.predict(first).metrics["test_decoding_accuracy"] == 1.0
+    with pytest.raises(ValueError, match="evaluation requires an eval_dataset"):
+        make_trainer(tmp_path, word_tokenizer, **options).evaluate()
 
 
 # --- what was published for a family ---------------------------------------------------------------------------------
@@ -319,7 +324,9 @@ def test_families_without_published_settings_are_told_so(tmp_path, word_tokenize
         ({"unmasking": "confidence_threshold", "threshold": 1.5}, "`threshold=1.5` is not allowed"),
         ({"eval_decoding_samples": -1}, "`eval_decoding_samples=-1` is not allowed"),
         ({"eval_max_new_tokens": 0}, "`eval_max_new_tokens=0` is not allowed"),
-        ({"loss_weighting": "uniform"}, "`loss_weighting='uniform'` is not allowed"),
+        ({"max_length": -1}, "`max_length=-1` is not allowed"),
+        ({"response_length": 0}, "`response_length=0` is not allowed"),
+        ({"label_smoothing_factor": 0.1}, "`label_smoothing_factor=0.1` is not allowed"),
     ],
 )
 def test_wrong_arguments(tmp_path, changes, message):
@@ -327,7 +334,17 @@ def test_wrong_arguments(tmp_path, changes, message):
         settings(tmp_path, **changes)
 
 
+def test_what_is_offered_works():
+    """No field of the configuration is refused for whatever value, as one would be that another trainer is for."""
+    assert "loss_weighting" not in CertaintyForcingConfig.__dataclass_fields__
+    assert "mask_ratio" not in MaskedDiffusionConfig.__dataclass_fields__
+    with pytest.raises(TypeError, match="loss_weighting"):
+        CertaintyForcingConfig("out", loss_weighting="uniform")
+
+
 def test_wrong_inputs(tmp_path, word_tokenizer, make_trainer, small_model):
+    with pytest.raises(ValueError, match="`block_length_start=8` is not allowed: it must be None with `masking='resp"):
+        make_trainer(tmp_path, word_tokenizer, masking="response", block_length_start=8)
     with pytest.raises(ValueError, match="must be a CertaintyForcingConfig"):
         CertaintyForcingTrainer(small_model(), MaskedDiffusionConfig(str(tmp_path)), processing_class=word_tokenizer)
     with pytest.raises(ValueError, match="`train_dataset` has no `unmasking_step`"):

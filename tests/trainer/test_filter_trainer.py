@@ -102,7 +102,7 @@ def synthetic(count=400, seed=0):
 
 
 def train(tmp_path, **changes):
-    settings = {"num_train_epochs": 25, "per_device_train_batch_size": 64, "report_to": "none", "disable_tqdm": True}
+    settings = {"num_train_epochs": 25, "per_device_train_batch_size": 64, "report_to": "none"}
     torch.manual_seed(0)
     model = UnmaskingFilter(UnmaskingFilterConfig(block_length=K, hidden_size=16))
     config = FilterConfig(str(tmp_path), use_cpu=True, **(settings | changes))
@@ -111,8 +111,9 @@ def train(tmp_path, **changes):
     return trainer
 
 
-def test_it_learns_and_keeps_the_best(tmp_path):
+def test_it_learns_and_keeps_the_best(tmp_path, capsys):
     trainer = train(tmp_path, learning_rate=0.02)
+    assert "eval_loss" not in "".join(capsys.readouterr())  # 25 lines of it
     losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses), abs=1e-6) and min(losses) < 0.5 * losses[0]
     held_out = synthetic(seed=1)
@@ -151,6 +152,8 @@ def test_wrong_rows_and_settings(tmp_path):
         FilterTrainer(model, FilterConfig(str(tmp_path), use_cpu=True), synthetic(4).remove_columns("labels"))
     with pytest.raises(ValueError, match=r"`eval_share=1\.5` is not allowed"):
         FilterConfig(str(tmp_path), eval_share=1.5)
+    with pytest.raises(ValueError, match=r"`label_smoothing_factor=0\.1` is not allowed"):
+        FilterConfig(str(tmp_path), label_smoothing_factor=0.1)
 
 
 def test_from_prompts_to_faster_decoding(word_model, word_tokenizer, tmp_path):

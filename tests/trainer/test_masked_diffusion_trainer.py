@@ -1,14 +1,27 @@
 """The trainer: its data, its loss against a plain one, and that it learns, resumes and takes adapters."""
 
+import copy
+import itertools
+import json
 import logging
+import re
 import shutil
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from torch.nn import functional as F
 from transformers import TrainingArguments
+from trl import apply_chat_template
 
 from dparallel.trainer import (
     DataCollatorForMaskedDiffusion,
@@ -19,7 +32,7 @@ from dparallel.trainer import (
 from dparallel.trainer.checkpoints import load_optimizer, load_weights
 from dparallel.trainer.losses import masked_diffusion_losses
 from dparallel.trainer.masking import random_masks, response_mask
-from dparallel.trainer.tokenization import tokenize_example
+from dparallel.trainer.tokenization import tokenize_example, tokenize_prompt
 from tests.families import FAMILIES
 from tests.golden import CHECKPOINT
 from tests.modeling.test_generation import ShiftedConfig, ShiftedModel
@@ -94,6 +107,78 @@ def test_conversations(word_tokenizer):
         tokenize_example({"messages": [answer, question]}, word_tokenizer)
 
 
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+SYSTEM, USER = {"role": "system", "content": "Sam is kind."}, {"role": "user", "content": "Sam has 3."}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+RESULT, ANSWER = {"role": "tool", "content": "4"}, {"role": "assistant", "content": "So 4."}
+TEMPLATE = (
+    "{% for t in tools or [] %}tool {{ t['function']['name'] }} {% endfor %}{% if loud %}! {% endif %}"
+    "{% for d in documents or [] %}book {{ d['text'] }} {% endfor %}"
+    "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} "
+    "{% for c in m['tool_calls'] or [] %}{{ c['function']['name'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture
+def tool_tokenizer(word_tokenizer):
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+@pytest.mark.parametrize("as_pair", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "extra"),
+    [
+        ([USER], {"tools": TOOLS}),
+        ([USER], {"tools": json.dumps(TOOLS)}),
+        ([USER], {"tools": []}),
+        ([USER], {"tools": None, "chat_template_kwargs": None}),
+        ([USER], {"chat_template_kwargs": {"loud": True}}),
+        ([USER], {"chat_template_kwargs": {"documents": [{"title": "a", "text": "books"}]}, "tools": TOOLS}),
+        ([SYSTEM, USER], {"tools": TOOLS}),
+        ([USER, CALL, RESULT], {"tools": TOOLS}),
+    ],
+)
+def test_conversations_are_rendered_as_by_trl(tool_tokenizer, prompt, extra, as_pair):
+    row = {"prompt": prompt, "completion": [ANSWER]} if as_pair else {"messages": [*prompt, ANSWER]}
+    found = tokenize_example({**row, **extra}, tool_tokenizer)
+    kwargs = extra.get("chat_template_kwargs") or {}
+    tools = TOOLS if extra.get("tools") else None
+    example = {"prompt": prompt, "completion": [ANSWER], "chat_template_kwargs": kwargs}
+    expected = apply_chat_template(example, tool_tokenizer, tools)
+    ids = [tool_tokenizer(expected[name], add_special_tokens=False)["input_ids"] for name in ("prompt", "completion")]
+    assert found == {"input_ids": [*ids[0], *ids[1], EOS], "prompt_length": len(ids[0])}
+    assert tokenize_prompt({**row, **extra}, tool_tokenizer) == ids[0]
+    plain = tokenize_prompt({"prompt": prompt}, tool_tokenizer)
+    assert (plain != ids[0]) == bool(tools or kwargs)  # it is shown
+
+
+def test_tools_reach_the_trainer(tmp_path, tool_tokenizer, make_trainer):
+    row = {"messages": [USER, ANSWER], "tools": TOOLS}
+    found = make_trainer(tmp_path, tool_tokenizer, dataset=Dataset.from_list([row, row])).train_dataset[0]
+    assert found["input_ids"][: found["prompt_length"]] == tokenize_prompt(row, tool_tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": "b", "tools": TOOLS}, "`tools` is not allowed beside text"),
+        ({"text": "a", "tools": TOOLS}, "`tools` is not allowed beside text"),
+        (
+            {"prompt": "a", "completion": "b", "chat_template_kwargs": {"x": 1}},
+            "`chat_template_kwargs` is not allowed",
+        ),
+        ({"messages": [USER, ANSWER], "documents": [{"text": "a"}]}, "`documents` is not allowed beside messages"),
+        ({"prompt": [USER], "completion": [ANSWER], "images": ["a"]}, "`images` is not allowed beside messages"),
+    ],
+)
+def test_columns_that_would_not_be_shown(tool_tokenizer, row, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_example(row, tool_tokenizer)
+
+
 def test_text_is_learned_from_its_first_token(word_tokenizer):
     row = tokenize_example({"text": "Sam has 3 books."}, word_tokenizer, max_length=50)
     assert row == {"input_ids": word_tokenizer("Sam has 3 books.")["input_ids"] + [EOS], "prompt_length": 0}
@@ -152,10 +237,16 @@ def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message, make_trainer
         ({"loss_weighting": "t"}, "loss_weighting='t'"),
         ({"block_length": -1}, "block_length=-1"),
         ({"response_length": 0}, "response_length=0"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1"),
+        ({"use_liger_kernel": True}, "use_liger_kernel=True"),
+        ({"average_tokens_across_devices": False}, "average_tokens_across_devices=False"),
+        ({"include_for_metrics": ["loss"]}, "include_for_metrics=['loss']"),
+        ({"length_column_name": "n"}, "length_column_name='n'"),
+        ({"use_cache": True}, "use_cache=True"),
     ],
 )
 def test_wrong_arguments(tmp_path, changes, name):
-    with pytest.raises(ValueError, match=f"`{name}` is not allowed"):
+    with pytest.raises(ValueError, match=re.escape(f"`{name}` is not allowed")):
         settings(tmp_path, **changes)
 
 
@@ -168,6 +259,42 @@ def test_models_that_cannot_be_trained(tmp_path, word_tokenizer, make_trainer, s
         MaskedDiffusionTrainer(small_model(), settings(tmp_path), compute_metrics=print)
     with pytest.raises(ValueError, match="model_init_kwargs"):
         make_trainer(tmp_path, word_tokenizer, model_init_kwargs={"dtype": "float32"})
+
+
+def test_a_model_without_a_tokenizer(tmp_path, small_model):
+    nameless, named = small_model(), small_model()
+    named.config._name_or_path = str(tmp_path)  # where there is none
+    for model, message in ((nameless, "was not loaded from anywhere: pass"), (named, "no tokenizer could be loaded")):
+        with pytest.raises(ValueError, match=f"`processing_class` is not given, and .*{message}"):
+            MaskedDiffusionTrainer(model, settings(tmp_path), train_dataset=Dataset.from_list(rows(3)))
+
+
+def test_batches_that_are_not_filled(tmp_path, word_tokenizer, make_trainer):
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(5)), dataloader_drop_last=True,
+        eval_dataset=Dataset.from_list(rows(3)),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"`dataloader_drop_last=True` is not allowed with 5 examples .* of 8 over"):
+        trainer.train()
+    with pytest.raises(ValueError, match="no batch to evaluate: with `dataloader_drop_last=True` and `per_device_"):
+        trainer.evaluate()
+    stream = Dataset.from_list(rows(5)).to_iterable_dataset()
+    with pytest.raises(ValueError, match="`dataloader_drop_last=True` is not allowed with a stream"):
+        make_trainer(tmp_path, word_tokenizer, dataset=stream, dataloader_drop_last=True, max_steps=1)
+
+
+def test_rows_cannot_be_cut_between_devices(tmp_path, word_tokenizer, make_trainer, monkeypatch):
+    monkeypatch.setattr(MaskedDiffusionTrainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match="`parallelism_config` with context or sequence parallelism is not allowed"):
+        make_trainer(tmp_path, word_tokenizer)
+
+
+def test_columns_are_kept_for_a_collator_that_wants_them(tmp_path, word_tokenizer, make_trainer):
+    dataset = Dataset.from_list([{**row, "n": i} for i, row in enumerate(rows(3))])
+    assert "n" not in make_trainer(tmp_path, word_tokenizer, dataset=dataset).train_dataset.column_names
+    trainer = make_trainer(tmp_path, word_tokenizer, dataset=dataset, remove_unused_columns=False, max_steps=1)
+    assert trainer.train_dataset["n"][:] == [0, 1, 2]
+    trainer.train()
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -224,19 +351,59 @@ def weights_after(trainer):
     return torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
 
 
-def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer):
-    """8 x 1, 2 x 4 and 1 x 8 accumulation: gradients are means over rows, and masks do not know of batches."""
-    results = [
-        weights_after(
-            make_trainer(
-                tmp_path, word_tokenizer, per_device_train_batch_size=size, gradient_accumulation_steps=8 // size,
-                max_steps=4, learning_rate=1e-3, block_length=16,
-            )
-        )
-        for size in (8, 2, 1)
-    ]  # fmt: skip
-    torch.testing.assert_close(results[0], results[1], atol=2e-5, rtol=1e-3)
-    torch.testing.assert_close(results[0], results[2], atol=2e-5, rtol=1e-3)
+@pytest.mark.parametrize("count", [8, 10, 13])
+def test_micro_batches_make_the_same_step(tmp_path, word_tokenizer, make_trainer, count):
+    """10 rows as 1 x 10, 8 + 2, 3 x 3 + 1 and 10 x 1: gradients are means over all rows of a step, also where the last
+    micro-batch is smaller, and masks do not know of batches. So are the logged values."""
+    results = []
+    for size in (count, 8, 3, 1):
+        trainer = make_trainer(
+            tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(count)), per_device_train_batch_size=size,
+            gradient_accumulation_steps=-(-count // size), max_steps=4, learning_rate=0.1, block_length=16,
+            optim="sgd", lr_scheduler_type="constant",
+        )  # fmt: skip
+        weights = weights_after(trainer)
+        names = ("loss", "grad_norm", "masked_accuracy", "mean_entropy")
+        logged = [[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry]
+        results.append((weights, torch.tensor(logged)))
+    for weights, logged in results[1:]:
+        torch.testing.assert_close(results[0][0], weights, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(results[0][1], logged, atol=1e-4, rtol=1e-4)
+
+
+def test_what_a_stream_has_left_goes_into_the_next_epoch(tmp_path, word_tokenizer, make_trainer):
+    """And is not added to a step that is already whole."""
+    seen = []
+    trainer = make_trainer(
+        tmp_path, word_tokenizer, dataset=Dataset.from_list(rows(10)).to_iterable_dataset(), max_steps=3,
+        per_device_train_batch_size=4, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    compute_loss = trainer.compute_loss
+
+    def spy(model, inputs, **kwargs):
+        seen.append((len(inputs["input_ids"]), inputs["row_weight"].sum().item()))
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    sizes, shares = zip(*seen, strict=True)
+    assert sizes == (4, 4, 2, 4, 4, 2) and shares == pytest.approx((1 / 2, 1 / 2, 1 / 3, 2 / 3, 2 / 3, 1 / 3))
+
+
+def test_after_running_out_of_memory_only_the_smaller_batches_are_logged(tmp_path, word_tokenizer, small_model):
+    class Forgetful(MaskedDiffusionTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            if len(inputs["input_ids"]) > 4:
+                self._train_metrics += 1000
+                raise RuntimeError("CUDA out of memory.")
+            return loss
+
+    args = settings(tmp_path, auto_find_batch_size=True, max_steps=1)
+    trainer = Forgetful(small_model(), args, train_dataset=Dataset.from_list(rows()), processing_class=word_tokenizer)
+    trainer.train()
+    logged = trainer.state.log_history[0]["mean_entropy"]
+    assert logged == pytest.approx(6.38, abs=0.1)  # about log(592) nats
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -267,6 +434,101 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, 
     trainer.train(resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-7"))
     resumed = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
     assert torch.equal(unbroken, resumed)
+
+
+OTHER_SETTINGS = [
+    ({"learning_rate": 1e-4}, "`learning_rate` was 0.001, is 0.0001"),
+    ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type` was 'linear', is 'cosine'"),
+    ({"warmup_steps": 1}, "`warmup_steps` was 0, is 1"),
+    ({"weight_decay": 0.1}, "`weight_decay` was 0.0, is 0.1"),
+    ({"max_grad_norm": 0.5}, "`max_grad_norm` was 1.0, is 0.5"),
+    ({"optim": "sgd"}, "`optim` was 'adamw_torch_fused', is 'sgd'"),
+    ({"bf16": True}, "`bf16` was False, is True"),
+    ({"seed": 7}, "`seed` was 42, is 7"),
+    ({"max_steps": 8}, "`max_steps` was 4, is 8"),  # the learning rate falls to 0 at the last step
+    ({"max_length": 32}, "`max_length` was 64, is 32"),
+    ({"response_length": 8}, "`response_length` was None, is 8"),
+    ({"block_length": 16}, "`block_length` was None, is 16"),
+    ({"loss_weighting": "token"}, "`loss_weighting` was 'inverse_t', is 'token'"),
+    ({"per_device_train_batch_size": 4}, "`global batch size` was 8, is 4"),
+    ({"gradient_accumulation_steps": 2}, "`global batch size` was 8, is 16"),
+    ({"dataset": Dataset.from_list(rows(30))}, "`train_dataset.rows` was 40, is 30"),
+    ({"dataset": Dataset.from_list(rows(40)[::-1])}, "`train_dataset.digest` was '"),
+    ({"peft_config": None}, "`adapter.peft_type` was 'LORA', is None"),
+    ({"peft_config": LoraConfig(r=4)}, "`adapter.r` was 2, is 4"),
+    ({"peft_config": LoraConfig(r=2, lora_alpha=1)}, "`adapter.lora_alpha` was 8, is 1"),
+    ({"peft_config": LoraConfig(r=2, target_modules=["k_proj"])}, "`adapter.target_modules` was "),
+    ({"peft_config": IA3Config(target_modules=["k_proj"], feedforward_modules=[])}, "`adapter.peft_type` was 'LORA'"),
+    ({"model": FAMILIES["llada"].small(seed=3)}, "`weights under the adapter` was '"),
+    ({"model": FAMILIES["llada"].small().bfloat16()}, "`dtype` was 'torch.float32', is 'torch.bfloat16'"),
+]
+FREE_SETTINGS = [
+    {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4},
+    {"logging_steps": 2, "save_steps": 3, "save_total_limit": 1},
+    {"eval_strategy": "steps", "eval_steps": 1, "eval_dataset": Dataset.from_list(rows(3)), "eval_on_start": True},
+    {"gradient_checkpointing": True, "pad_to_multiple_of": 8, "dataset_num_proc": 1},
+]
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory, word_tokenizer):
+    """A folder with checkpoints of an adapter after two and four steps, and the weights at the end."""
+    folder = tmp_path_factory.mktemp("run")
+    return folder, weights_after(adapter_trainer(folder, word_tokenizer))
+
+
+def adapter_trainer(folder, tokenizer, model=None, **changes):
+    options = {"max_steps": 4, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    options |= {"peft_config": LoraConfig(r=2), "lr_scheduler_type": "linear"}
+    model = FAMILIES["llada"].small() if model is None else copy.deepcopy(model)
+    return build_trainer(folder, tokenizer, model, **(options | changes))
+
+
+@pytest.mark.parametrize(("changes", "message"), OTHER_SETTINGS)
+def test_a_run_does_not_go_on_with_other_settings(tmp_path, word_tokenizer, a_run, changes, message):
+    trainer = adapter_trainer(tmp_path, word_tokenizer, **changes)
+    with pytest.raises(ValueError, match=f"is of a run with other settings: .*{re.escape(message)}"):
+        trainer.train(resume_from_checkpoint=str(a_run[0] / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("changes", FREE_SETTINGS)
+def test_a_run_goes_on_where_the_same_steps_are_made(tmp_path, word_tokenizer, a_run, changes):
+    folder, expected = a_run
+    trainer = adapter_trainer(tmp_path, word_tokenizer, **changes)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    found = torch.cat([parameter.detach().flatten() for parameter in trainer.model.parameters()])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_how_long_a_run_is_may_change_where_nothing_depends_on_it(tmp_path, word_tokenizer, make_trainer):
+    options = {"learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    make_trainer(tmp_path, word_tokenizer, max_steps=2, **options).train()
+    longer = weights_after(make_trainer(tmp_path / "longer", word_tokenizer, max_steps=4, **options))
+    trainer = make_trainer(tmp_path, word_tokenizer, max_steps=4, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert torch.equal(longer, torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    with pytest.raises(ValueError, match=r"`warmup_steps` was 0, is 0\.5"):
+        make_trainer(tmp_path, word_tokenizer, max_steps=6, **options, warmup_steps=0.5).train(True)
+
+
+def test_checkpoints_without_settings_go_on_with_a_warning(tmp_path, word_tokenizer, make_trainer, caplog):
+    options = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, word_tokenizer, max_steps=1, **options).train()
+    (tmp_path / "checkpoint-1" / "settings.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path, word_tokenizer, max_steps=2, seed=3, **options).train(resume_from_checkpoint=True)
+    assert "checkpoint-1 has no settings.json: whether it was trained with other settings is unknown" in caplog.text
+
+
+def test_the_record_of_a_training(tmp_path, word_tokenizer, make_trainer):
+    """Says 0 where something is 0, and one length of the training."""
+    trainer = make_trainer(tmp_path, word_tokenizer, max_steps=1, weight_decay=0.0, optim="sgd", warmup_steps=3)
+    trainer.train()
+    trainer.save_model()
+    arguments = json.loads((tmp_path / "training.json").read_text())["arguments"]
+    expected = {"max_steps": "1", "weight_decay": "0.0", "optim": "sgd", "warmup_steps": "3", "global batch": 8}
+    assert arguments.items() >= expected.items()
+    assert not {"num_train_epochs", "bf16", "fp16", "block_length", "pad_to_multiple_of"} & arguments.keys()
 
 
 def test_a_checkpoint_that_was_not_finished_is_passed_over(tmp_path, word_tokenizer, make_trainer, small_model):
@@ -357,6 +619,38 @@ def test_best_checkpoint_by_masked_accuracy(tmp_path, word_tokenizer, make_train
     assert trainer.state.best_metric == best
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*itertools.product(FAMILIES, [None, "LoRA", "DoRA", "norms"]), ("shifted", None), ("shifted", "LoRA")],
+)
+def test_vectors_do_not_decay(tmp_path, word_tokenizer, name, kind):
+    """Norms and biases, whatever they are called, and matrices alone."""
+    adapters = {
+        "LoRA": LoraConfig(target_modules="all-linear", bias="all"),
+        "DoRA": LoraConfig(target_modules="all-linear", use_dora=True),
+        "norms": LNTuningConfig(target_modules=[getattr(FAMILIES.get(name), "norm", "none").rpartition(".")[2]]),
+    }
+    options = {"weight_decay": 0.1, "peft_config": adapters.get(kind)}
+    trainer = build_trainer(tmp_path, word_tokenizer, any_model(name), **options)
+    decayed, others = (group["params"] for group in trainer.create_optimizer().param_groups)
+    trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
+    assert {id(weight) for weight in decayed} == {id(weight) for weight in trained if weight.ndim > 1}
+    assert len(decayed) + len(others) == len(trained) and (others or kind == "LoRA" or name == "shifted")
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig])
+def test_virtual_tokens_are_refused(tmp_path, word_tokenizer, config, make_trainer, small_model):
+    config = config(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=32, num_attention_heads=4,
+        num_transformer_submodules=1,
+    )  # fmt: skip
+    message = f"of type {config.peft_type.value} are not supported: their virtual tokens stand before the text"
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, peft_config=config)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, word_tokenizer, model=get_peft_model(small_model(), config))
+
+
 def test_adapter(tmp_path, word_tokenizer, family, make_trainer, small_model):
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -423,6 +717,12 @@ def test_evaluation_of_another_dataset(tmp_path, word_tokenizer, make_trainer):
     trainer = make_trainer(tmp_path, word_tokenizer, eval_dataset=Dataset.from_list(rows(8)))
     again = trainer.evaluate(Dataset.from_list(rows(8)))
     assert again["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+    for dataset in (Dataset.from_list(rows(8)), trainer.eval_dataset):
+        metrics = trainer.predict(dataset).metrics
+        assert metrics["test_loss"] == pytest.approx(again["eval_loss"])
+        assert metrics["test_masked_accuracy"] == pytest.approx(again["eval_masked_accuracy"])
+    with pytest.raises(ValueError, match="`test_dataset` has the columns"):
+        trainer.predict(Dataset.from_list([{"a": 1}]))
     trainer.create_model_card()
     with pytest.raises(TypeError, match="licence"):
         trainer.create_model_card(licence="mit")

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from dparallel.trainer import generate_trajectories
-from dparallel.trainer.tokenization import lay_out_tokens
+from dparallel.trainer.tokenization import lay_out_tokens, tokenize_example
 from dparallel.trainer.trajectories import model_digest, tensor_checksum
 
 SETTINGS = {"max_new_tokens": 32, "unmasking": "confidence_threshold", "threshold": 0.9}
@@ -47,6 +47,20 @@ def test_rows_are_those_of_generate(reader, word_tokenizer, tmp_path):
         assert row["num_forward_passes"] == output.num_forward_passes.item()
         assert row["response"] == word_tokenizer.decode(answer, skip_special_tokens=True)
         assert row["seed"] == 5 and json.loads(row["settings"]) == SETTINGS
+
+
+def test_tools_are_in_the_prompt(reader, word_tokenizer, tmp_path, monkeypatch):
+    """And a student that learns the answer sees them as its teacher did."""
+    monkeypatch.setattr(
+        word_tokenizer, "chat_template",
+        "{% for t in tools or [] %}{{ t['name'] }} {% endfor %}{% for m in messages %}{{ m['content'] }} {% endfor %}",
+    )  # fmt: skip
+    row = {"prompt": [{"role": "user", "content": "Sam has 3 ."}], "tools": [{"name": "books"}]}
+    (found,) = generate_trajectories(reader, word_tokenizer, Dataset.from_list([row]), tmp_path, **SETTINGS)
+    prompt = found["input_ids"][: found["prompt_length"]]
+    assert prompt == word_tokenizer("books Sam has 3 . ")["input_ids"]
+    example = {**row, "completion": [{"role": "assistant", "content": "So 3 ."}]}
+    assert tokenize_example(example, word_tokenizer)["input_ids"][: len(prompt)] == prompt
 
 
 def test_one_token_a_pass_by_default(reader, word_tokenizer, tmp_path):

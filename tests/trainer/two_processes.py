@@ -24,16 +24,18 @@ from tests.trainer.test_masked_diffusion_trainer import rows
 
 
 def train(family, output_dir, tokenizer):
-    """Logs of short runs with a global batch of 8, on rows that are all there, and on a stream of unequal lengths."""
+    """Logs of short runs with a global batch of 8: on rows that are all there, on a stream of unequal lengths, and on
+    rows that the processes cannot share evenly at the end of each epoch, in one micro-batch and in two."""
     world_size, curves = int(os.environ.get("WORLD_SIZE", "1")), []
-    whole = Dataset.from_list(rows())
+    whole, ragged = Dataset.from_list(rows()), Dataset.from_list(rows(21))
     for dataset, changes in (
         (whole, {}),
         (whole.to_iterable_dataset(), {"max_length": None, "response_length": 16}),
+        (ragged, {"optim": "sgd"}),
+        (ragged, {"optim": "sgd", "gradient_accumulation_steps": 2}),
     ):
-        args = settings(
-            output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=8 // world_size, **changes
-        )
+        size = 8 // world_size // changes.get("gradient_accumulation_steps", 1)
+        args = settings(output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=size, **changes)
         trainer = CertaintyForcingTrainer(family.small(), args, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()
         names = ("loss", "trajectory_loss", "certainty_loss", "mean_entropy")

@@ -91,8 +91,8 @@ def main():
     parser.add_argument("--unmasking", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
     parser.add_argument("--thresholds", type=float, nargs="+", help="candidates")
     margin_help = (
-        "of accuracy that may be lost, 0.01 for a point; where the 95%% interval of the difference reaches below it, there "
-        "is a warning, and the threshold is written all the same"
+        "of accuracy that may be lost, 0.01 for a point; where the 95%% interval of the difference reaches below it, "
+        "there is a warning, and the threshold is written all the same"
     )
     parser.add_argument("--margin", type=float, default=0.01, help=margin_help)
     parser.add_argument("--bar", type=float, help="accuracy of slow decoding, if you know it")

@@ -5,10 +5,10 @@ in batches, with any policy.
         --model_args pretrained=Dream-org/Dream-v0-Instruct-7B,unmasking=entropy_threshold,threshold=0.45 \\
         --gen_kwargs max_gen_toks=256 --batch_size 16
 
-All arguments are the harness's own; `--model_args` also takes what `generate()` takes. Answers have the length that the
-task or `--gen_kwargs` says, or else the checkpoint's own `max_new_tokens`, and without one the harness's 256. An adapter
-(`pretrained=` or `peft=`) decodes by what it was distilled for. The results have `nfe` and `tpf` of each task under
-`config`: of the requests that the first process decoded, so not of those that it found in the harness's cache.
+All arguments are the harness's own; `--model_args` also takes what `generate()` takes. Answers have the length that
+the task or `--gen_kwargs` says, or else the checkpoint's own `max_new_tokens`, and without one the harness's 256. An
+adapter (`pretrained=` or `peft=`) decodes by what it was distilled for. The results have `nfe` and `tpf` of each task
+under `config`: of the requests that the first process decoded, so not of those that it found in the harness's cache.
 """
 
 import logging

@@ -216,21 +216,18 @@ def test_right_and_wrong_programs(monkeypatch):
         assert not HUMANEVAL.is_right(FUNCTION, answer), answer
 
 
-RUN_ON = {
-    GSM8K: (QUESTIONS[0], "12 + 8 = 20. The answer is \\boxed{20}.", "\n\nQuestion: 6 * 7?\nAnswer: \\boxed{42}"),
-    MATH: ({"solution": r"So \boxed{7}."}, r"It is \boxed{7}.", "\n\nProblem:\nWhat is 2+2?\n\nSolution: \\boxed{4}"),
-    MBPP: (PROGRAM, PROGRAM["code"], "\n[DONE]\n\nAnother:\n[BEGIN]\ndef double(x):\n    return x\n[DONE]"),
-    HUMANEVAL: (
-        FUNCTION, FUNCTION["canonical_solution"],
-        "\nWrite a solution to the following problem and make sure that it passes the tests:\ndef double(x): return 1",
-    ),
-}  # fmt: skip
+RUN_ON = [
+    (GSM8K, QUESTIONS[0], "12 + 8 = 20. The answer is \\boxed{20}.", "\n\nQuestion: 6 * 7?\nAnswer: \\boxed{42}"),
+    (MATH, {"solution": r"So \boxed{7}."}, r"It is \boxed{7}.", "\n\nProblem:\nWhat is 2+2?\n\nSolution: \\boxed{4}"),
+    (MBPP, PROGRAM, PROGRAM["code"], "\n[DONE]\n\nAnother:\n[BEGIN]\ndef double(x):\n    return x\n[DONE]"),
+    (HUMANEVAL, FUNCTION, FUNCTION["canonical_solution"],
+     "\nWrite a solution to the following problem and make sure that it passes the tests:\ndef double(x): return 1"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("task", RUN_ON, ids=lambda task: task.name)
-def test_a_question_of_the_models_own_does_not_count(task, monkeypatch):
+@pytest.mark.parametrize(("task", "row", "answer", "more"), RUN_ON, ids=[task.name for task, *_ in RUN_ON])
+def test_a_question_of_the_models_own_does_not_count(task, row, answer, more, monkeypatch):
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "1")
-    row, answer, more = RUN_ON[task]
     assert task.is_right(row, answer) and task.is_right(row, answer + more)
     assert not task.is_right(row, more.strip())
     assert task.first_answer(answer + more) == task.first_answer(answer + more + more)
@@ -253,15 +250,16 @@ def test_references_of_gsm8k_before_another_question():
 
 def test_decoding_stops_at_a_question_of_the_models_own(word_model, word_tokenizer, questions, tmp_path):
     """The model in the box writes no questions: any word that it does write does for one."""
-    arguments = {"data": questions, "max_new_tokens": 96, "unmasking": "confidence"}
-    whole = evaluate_task(GSM8K, word_model, word_tokenizer, tmp_path / "whole", **arguments)
-    task = replace(GSM8K, stop_strings=("=",))
+    arguments = {"data": questions, "max_new_tokens": 128, "unmasking": "entropy_threshold", "threshold": 0.1}
+    task = replace(GSM8K, ask=lambda row: row["question"], stop_strings=())
+    whole = evaluate_task(task, word_model, word_tokenizer, tmp_path / "whole", **arguments)
+    task = replace(task, stop_strings=("=",))
     result = evaluate_task(task, word_model, word_tokenizer, tmp_path / "out", **arguments)
     for ended, full in zip(samples(tmp_path / "out"), samples(tmp_path / "whole"), strict=True):
         assert ended["response"].rstrip() == full["response"].partition("=")[0] + "="
     assert result.resolved_decoding["stop_strings"] == ["="] and result.nfe <= whole.nfe
     result = evaluate_task(task, word_model, word_tokenizer, tmp_path / "all", stop_at_eos=False, **arguments)
-    assert "stop_strings" not in result.resolved_decoding and result.nfe == 96
+    assert "stop_strings" not in result.resolved_decoding and result.nfe > whole.nfe
 
 
 def test_formulas():

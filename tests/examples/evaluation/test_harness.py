@@ -78,20 +78,19 @@ def test_policies_and_batches(tasks, word_model, word_tokenizer):
 
 def test_answers_have_the_checkpoints_length_unless_the_task_says(tasks, word_model, word_tokenizer):
     """Of 128 tokens, which the model in the box learned; with the harness's 256 it errs."""
-    path = tasks / "word_problems.yaml"
+    path, lengths = tasks / "word_problems.yaml", []
     text = path.read_text()
-    for length, said in ((128, ""), (64, ", max_gen_toks: 64")):
+
+    class Watched(DiffusionLM):
+        def _model_generate(self, context, max_length, stop, **kwargs):
+            lengths.append(max_length - context.shape[1])
+            return super()._model_generate(context, max_length, stop, **kwargs)
+
+    decoding = {"unmasking": "confidence", "steps": 4, "stop_at_eos": False}
+    for said in ("", ", max_gen_toks: 64"):
         path.write_text(text.replace(", max_gen_toks: 128", said))
-        model = DiffusionLM(word_model, tokenizer=word_tokenizer, batch_size=3, device="cpu", stop_at_eos=False,
-                            unmasking="confidence", steps=4)  # fmt: skip
-        assert model.max_gen_toks == word_model.generation_config.max_new_tokens == 128
-        lengths = []
-        generate = model._model_generate
-        model._model_generate = lambda context, max_length, *rest, **more: (
-            lengths.append(max_length - context.shape[1]) or generate(context, max_length, *rest, **more)
-        )
-        evaluate(model, tasks)
-        assert lengths == [length]
+        evaluate(Watched(word_model, tokenizer=word_tokenizer, batch_size=3, device="cpu", **decoding), tasks)
+    assert lengths == [word_model.generation_config.max_new_tokens, 64] == [128, 64]
 
 
 def test_wrong_arguments(word_model, word_tokenizer):

@@ -98,6 +98,12 @@ def test_the_threshold_belongs_to_the_policy(trained, tmp_path, word_tokenizer):
 def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
     with pytest.raises(ValueError, match=f"`adapter` is a {family.model.__name__} without an adapter"):
         merge_adapter(small_model(), tmp_path)
+    with pytest.raises(ValueError, match="`adapter` is a dict: it must be a PeftModel, a folder or a Hub id"):
+        merge_adapter({}, tmp_path)
+    with pytest.raises(ValueError, match="`adapter='nowhere'` is not allowed: there is no such folder"):
+        merge_adapter("nowhere", tmp_path)
+    with pytest.raises(ValueError, match=r"`adapter=.*` is not allowed: the folder holds no adapter_config.json"):
+        merge_adapter(tmp_path, tmp_path / "merged")
     adapted = get_peft_model(small_model(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="`threshold=-1` is not allowed"):
         merge_adapter(adapted, tmp_path, word_tokenizer, unmasking="entropy_threshold", threshold=-1)

@@ -22,6 +22,7 @@ from dparallel.hub_cards import merge_adapter, push_dataset, push_model
 from dparallel.hub_cards.pushing import flaw_of
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+from dparallel.trainer.training_record import _model_name
 from tests.golden import CHECKPOINT
 from tests.scripts import call
 
@@ -354,6 +355,8 @@ def test_wrong_arguments(folder, tmp_path):
             push_model(folder, repo_id, dry_run=tmp_path / "dry")
     with pytest.raises(ValueError, match=r"`model='nowhere'` is not allowed"):
         push("nowhere")
+    with pytest.raises(ValueError, match=r"`base_model='nowhere'` is not allowed"):
+        push(folder, base_model="nowhere")
     with pytest.raises(ValueError, match=r"`dataset=.*made'` must be a folder that `save_to_disk` wrote"):
         push_dataset(folder, "user/data")
     with pytest.raises(ValueError, match=r"The split 'train' lacks \['input_ids', 'num_forward_passes'"):
@@ -511,6 +514,19 @@ def test_what_was_distilled_in_memory_has_a_full_card(family, small_model, word_
     assert "`threshold`: `0.4`" in Path("dry", "README.md").read_text()
     assert 'unmasking="entropy_threshold", threshold=0.5' in Path("adapter", "README.md").read_text()
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/home/me/.cache/huggingface/hub/models--user--model/snapshots/0123abcd", "user/model"),
+        ("/home/me/models/llada", "llada"),
+        ("user/model", "user/model"),
+        ("", ""),
+    ],
+)
+def test_what_a_card_calls_a_base_model(source, name):
+    assert _model_name(source) == name
 
 
 @pytest.mark.parametrize("adapter_name", ["default", "mine"])

@@ -129,6 +129,10 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
         else:
             if base_model is not None:
                 check_folder_or_hub_id("base_model", base_model)
+            if getattr(model, "_hf_peft_config_loaded", False):  # `save_pretrained` would save that alone
+                raise ValueError(
+                    "`model` has an adapter of `load_adapter()`: pass a PeftModel, or the adapter's folder."
+                )
             model = model if source is None else AutoModelForCausalLM.from_pretrained(source, dtype="auto")
             model.save_pretrained(folder)
         if tokenizer is None:

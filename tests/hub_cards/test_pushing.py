@@ -529,8 +529,7 @@ def test_what_a_card_calls_a_base_model(source, name):
     assert _model_name(source) == name
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-@pytest.mark.parametrize("new_tokens", [0, 8])
+@pytest.mark.parametrize(("adapter_name", "new_tokens"), [("default", 8), ("mine", 0)])
 def test_the_snippet_of_an_adapter(family, model, tmp_path, adapter_name, new_tokens):
     """It runs as it stands, whatever the adapter's name, after tokens were added, and with the distilled policy."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -574,6 +573,16 @@ def test_where_trajectories_lie(tmp_path, place):
     generate_rows(3).save_to_disk(tmp_path / "made" / place)
     push_dataset(tmp_path / "made", "user/x", dry_run=tmp_path / "dry")
     assert len(Dataset.from_parquet(str(next((tmp_path / "dry" / "data").iterdir())))) == 3
+
+
+def test_an_adapter_that_transformers_loaded(family, model, word_tokenizer, tmp_path):
+    """`save_pretrained` would leave its base model out."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = family.small()
+    plain.load_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"`model` has an adapter of `load_adapter\(\)`"):
+        push(plain, tokenizer=word_tokenizer, dry_run=tmp_path / "dry")
 
 
 def test_shards_alone_are_no_dataset(small_model, word_tokenizer, tmp_path):

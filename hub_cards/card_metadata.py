@@ -33,7 +33,9 @@ OTHER_LANGUAGES = ("code", "multilingual")
 DATA_FILE = re.compile(r".*\.(arrow|csv|gz|jsonl?|parquet|tsv|txt|zip)", re.IGNORECASE)
 
 
-def check_card_metadata(*, license=None, language=None, **ids):
+def check_card_metadata(
+    *, license: str | None = None, language: str | list[str] | None = None, **ids: str | list[str] | None
+):
     """Of a card: the identifier of a license, language codes (one, or a list), and by the names of their arguments Hub
     ids of models and datasets (one, or a list). None is always allowed.
 

@@ -9,7 +9,7 @@ from huggingface_hub.utils import validate_repo_id
 HUB_ID = re.compile(r"[\w.\-]+/[\w.\-]+", re.ASCII)
 
 
-def looks_like_hub_id(name) -> bool:
+def looks_like_hub_id(name: object) -> bool:
     """May it be "user/name" on the Hub, by its form?"""
     try:
         validate_repo_id(str(name))

@@ -52,6 +52,8 @@ def merge_adapter(
         raise ValueError(f"`adapter` is a {type(adapter).__name__} without an adapter: save_pretrained() is enough.")
     source = None
     if not isinstance(adapter, PeftModel):
+        if not isinstance(adapter, (str, Path)):
+            raise ValueError(f"`adapter` is a {type(adapter).__name__}: it must be a PeftModel, a folder or a Hub id.")
         source = str(adapter)
         _check_mergeable(_adapter_config(source))
         adapter = _load(source, base_model, model_init_kwargs or {})
@@ -71,11 +73,12 @@ def merge_adapter(
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
     if training:
+        model.training_record = training
         (Path(output_dir) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n")
     return model
 
 
-def load_adapted(adapter, base_model=None, **model_init_kwargs) -> PeftModel:
+def load_adapted(adapter: str | Path, base_model: str | None = None, **model_init_kwargs) -> PeftModel:
     """Load an adapter on its base model, not merged, to decode as it was distilled to. An adapter that was trained
     after tokens were added holds the rows of all tokens; the base model is given as many before it is loaded.
 
@@ -94,7 +97,7 @@ def load_adapted(adapter, base_model=None, **model_init_kwargs) -> PeftModel:
     return model
 
 
-def load_tokenizer(adapter=None, base_model=None) -> PreTrainedTokenizerBase:
+def load_tokenizer(adapter: str | Path | None = None, base_model: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer beside an adapter, or else that of its base model: each a folder or Hub id, or None.
 
     Raises:
@@ -108,13 +111,13 @@ def load_tokenizer(adapter=None, base_model=None) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(base_model)
 
 
-def training_of(source) -> dict:
+def training_of(source: str | Path) -> dict:
     """What the `training.json` of an adapter or a model, a folder or Hub id, says; {} if there is none."""
     path = _file_of(source, TRAINING_FILE)
     return json.loads(Path(path).read_text()) if path else {}
 
 
-def decoding_of(source) -> dict:
+def decoding_of(source: str | Path) -> dict:
     """The arguments of `generate()` that an adapter or a model, a folder or Hub id, was distilled for; {} if its
     `training.json` does not say."""
     return training_of(source).get("decoding") or {}

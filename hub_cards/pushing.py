@@ -127,6 +127,12 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
         if is_adapter:
             base_model = _stage_adapter(model, source, folder, base_model)
         else:
+            if base_model is not None:
+                check_folder_or_hub_id("base_model", base_model)
+            if getattr(model, "_hf_peft_config_loaded", False):  # `save_pretrained` would save that alone
+                raise ValueError(
+                    "`model` has an adapter of `load_adapter()`: pass a PeftModel, or the adapter's folder."
+                )
             model = model if source is None else AutoModelForCausalLM.from_pretrained(source, dtype="auto")
             model.save_pretrained(folder)
         if tokenizer is None:
@@ -202,7 +208,7 @@ def _run_snippet(folder, repo_id, prompt):
     return "\n".join(printed), f"{'a GPU' if device.startswith('cuda') else 'a CPU'} with PyTorch {version}"
 
 
-def flaw_of(answer, end, special) -> str | None:
+def flaw_of(answer: list[int], end: list[int] | None, special: list[int]) -> str | None:
     """Why these token ids look like no answer to anything, in words; None if they may be one.
 
     Args:

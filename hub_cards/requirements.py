@@ -13,7 +13,7 @@ def needs_python() -> str:
     return found["Requires-Python"].removeprefix(">=") + " or later" if found else "3"
 
 
-def install_command(*names) -> str:
+def install_command(*names: str) -> str:
     """The shell command that installs packages in versions that work. This one, `PACKAGE`, comes from the address in
     its metadata; without one, from a copy of its sources, in which the command has to be run (`from_sources`)."""
     return " ".join(["pip install", *map(_spelled, names)])

@@ -98,6 +98,12 @@ def test_the_threshold_belongs_to_the_policy(trained, tmp_path, word_tokenizer):
 def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
     with pytest.raises(ValueError, match=f"`adapter` is a {family.model.__name__} without an adapter"):
         merge_adapter(small_model(), tmp_path)
+    with pytest.raises(ValueError, match="`adapter` is a dict: it must be a PeftModel, a folder or a Hub id"):
+        merge_adapter({}, tmp_path)
+    with pytest.raises(ValueError, match="`adapter='nowhere'` is not allowed: there is no such folder"):
+        merge_adapter("nowhere", tmp_path)
+    with pytest.raises(ValueError, match=r"`adapter=.*` is not allowed: the folder holds no adapter_config.json"):
+        merge_adapter(tmp_path, tmp_path / "merged")
     adapted = get_peft_model(small_model(), LoraConfig(r=2, target_modules="all-linear"))
     with pytest.raises(ValueError, match="`threshold=-1` is not allowed"):
         merge_adapter(adapted, tmp_path, word_tokenizer, unmasking="entropy_threshold", threshold=-1)
@@ -236,19 +242,17 @@ def test_new_tokens_of_which_only_the_tokenizer_knows(base, family, tmp_path, wo
         ("", "user/gone", "The base model 'user/gone' could not be loaded: pass `base_model=`"),
     ],
 )
-@pytest.mark.parametrize("action", ["merge", "push", "load"])
 @pytest.mark.parametrize("family", ["llada"], indirect=True)
-def test_a_missing_base_model_is_named(base, family, tmp_path, named, given, message, action):
+def test_a_missing_base_model_is_named(base, family, tmp_path, named, given, message):
     adapted = get_peft_model(family.model.from_pretrained(base), LoraConfig(r=2, target_modules=["q_proj"]))
     adapted.peft_config["default"].base_model_name_or_path = named
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(ValueError, match=message):
-        if action == "merge":
-            merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_model=given)
-        elif action == "push":
-            push_model(tmp_path / "adapter", "user/x", base_model=given, dry_run=tmp_path / "dry")
-        else:
-            load_adapted(tmp_path / "adapter", given)
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_model=given)
+    with pytest.raises(ValueError, match=message):
+        push_model(tmp_path / "adapter", "user/x", base_model=given, dry_run=tmp_path / "dry")
+    with pytest.raises(ValueError, match=message):
+        load_adapted(tmp_path / "adapter", given)
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base_model=str(base))
 
 

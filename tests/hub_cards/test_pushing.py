@@ -22,6 +22,7 @@ from dparallel.hub_cards import merge_adapter, push_dataset, push_model
 from dparallel.hub_cards.pushing import flaw_of
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
+from dparallel.trainer.training_record import _model_name
 from tests.golden import CHECKPOINT
 from tests.scripts import call
 
@@ -354,6 +355,8 @@ def test_wrong_arguments(folder, tmp_path):
             push_model(folder, repo_id, dry_run=tmp_path / "dry")
     with pytest.raises(ValueError, match=r"`model='nowhere'` is not allowed"):
         push("nowhere")
+    with pytest.raises(ValueError, match=r"`base_model='nowhere'` is not allowed"):
+        push(folder, base_model="nowhere")
     with pytest.raises(ValueError, match=r"`dataset=.*made'` must be a folder that `save_to_disk` wrote"):
         push_dataset(folder, "user/data")
     with pytest.raises(ValueError, match=r"The split 'train' lacks \['input_ids', 'num_forward_passes'"):
@@ -513,8 +516,20 @@ def test_what_was_distilled_in_memory_has_a_full_card(family, small_model, word_
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize("adapter_name", ["default", "mine"])
-@pytest.mark.parametrize("new_tokens", [0, 8])
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/home/me/.cache/huggingface/hub/models--user--model/snapshots/0123abcd", "user/model"),
+        ("/home/me/models/llada", "llada"),
+        ("user/model", "user/model"),
+        ("", ""),
+    ],
+)
+def test_what_a_card_calls_a_base_model(source, name):
+    assert _model_name(source) == name
+
+
+@pytest.mark.parametrize(("adapter_name", "new_tokens"), [("default", 8), ("mine", 0)])
 def test_the_snippet_of_an_adapter(family, model, tmp_path, adapter_name, new_tokens):
     """It runs as it stands, whatever the adapter's name, after tokens were added, and with the distilled policy."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -558,6 +573,16 @@ def test_where_trajectories_lie(tmp_path, place):
     generate_rows(3).save_to_disk(tmp_path / "made" / place)
     push_dataset(tmp_path / "made", "user/x", dry_run=tmp_path / "dry")
     assert len(Dataset.from_parquet(str(next((tmp_path / "dry" / "data").iterdir())))) == 3
+
+
+def test_an_adapter_that_transformers_loaded(family, model, word_tokenizer, tmp_path):
+    """`save_pretrained` would leave its base model out."""
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path / "adapter")
+    plain = family.small()
+    plain.load_adapter(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"`model` has an adapter of `load_adapter\(\)`"):
+        push(plain, tokenizer=word_tokenizer, dry_run=tmp_path / "dry")
 
 
 def test_shards_alone_are_no_dataset(small_model, word_tokenizer, tmp_path):

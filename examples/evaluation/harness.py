@@ -12,6 +12,7 @@ under `config`: of the requests that the first process decoded, so not of those 
 """
 
 import logging
+import re
 import sys
 
 try:
@@ -58,7 +59,16 @@ class DiffusionLM(HFLM):
             check_folder_or_hub_id("pretrained", pretrained)
         self.decoding = {name: arguments.pop(name) for name in DECODING_ARGUMENTS if name in arguments}
         self.efficiency, self._counts = {}, []
-        super().__init__(pretrained, backend="causal", **arguments)
+        try:
+            super().__init__(pretrained, backend="causal", **arguments)
+        except TypeError as error:  # what nobody knows goes to the model
+            name = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if name is None or name[1] not in arguments:
+                raise
+            raise ValueError(
+                f"`{name[1]}={arguments[name[1]]!r}` is not allowed: it must be an argument of lm-eval's HFLM or one "
+                f"of {', '.join(DECODING_ARGUMENTS)}."
+            ) from error
         adapter = arguments.get("peft") or (pretrained if is_adapter(pretrained, arguments.get("revision")) else None)
         if adapter:
             decode_as_distilled(self.model, adapter)

@@ -96,6 +96,10 @@ def test_answers_have_the_checkpoints_length_unless_the_task_says(tasks, word_mo
 def test_wrong_arguments(word_model, word_tokenizer):
     for arguments, message in (
         ({}, r"`pretrained=None` is not allowed: name a model"),
+        (
+            {"pretrained": str(STUDENT), "unmaskin": "margin"},
+            r"`unmaskin='margin'` is not allowed: it must be an argument",
+        ),
         ({"pretrained": "/nowhere"}, r"`pretrained='/nowhere'` is not allowed: there is no such folder"),
         ({"pretrained": word_model, "unmasking": "nonsense"}, r"`unmasking='nonsense'` is not allowed"),
         ({"pretrained": word_model, "unmasking": "margin", "threshold": 1}, r"`threshold=1` .* have no effect"),

@@ -14,7 +14,7 @@ import symtable
 import textwrap
 import warnings
 
-# How many ends are tried for a statement or a block, and for a body: an answer may have a thousand lines and no program.
+# Ends that are tried for a statement or a block, and for a body: answers may have a thousand lines and no program.
 MAX_ENDS, MAX_SENTENCES = 64, 8
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _MARK = re.compile(

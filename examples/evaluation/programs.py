@@ -14,6 +14,8 @@ import symtable
 import textwrap
 import warnings
 
+# Ends that are tried for a statement or a block, and for a body: answers may have a thousand lines and no program.
+MAX_ENDS, MAX_SENTENCES = 64, 8
 _FENCE = re.compile(r"`{3,}|~{3,}")
 _MARK = re.compile(
     r"\[(?:BEGIN|DONE|/[A-Z]+)\]|(?<![\w)\]])\[(?:END|PYTHON|CODE|ANSWER|SOLUTION|INST)\]"
@@ -40,7 +42,7 @@ def extract_code(text, entry_point=None, prompt=None) -> str:
     head = "" if prompt is None else prompt.split(f"def {entry_point}")[0]
     if _is_clean(text, entry_point):  # marks in it are a part of its strings and comments
         return head + text.strip("\n")
-    for view in _views(text):
+    for view in dict.fromkeys(_views(text)):
         runs = [run for region in _regions(view, entry_point is None) for run in _runs(region, entry_point)]
         whole = [run for run in runs if _defines(run, entry_point)]
         for run in sorted(whole, key=lambda run: _is_stub(run, entry_point)):
@@ -117,7 +119,7 @@ def _block(text, fences, i):
     closers = [(j, each.start()) for j, each in enumerate(fences) if j > i and _closes(opener[0], each[0])]
     closers.sort(key=lambda closer: bool(text[: closer[1]].rpartition("\n")[2].strip()))
     language = re.match(r"[ \t{.]*(\w*)", text[opener.end() :])[1].lower()
-    for j, end in [*closers, (len(fences), len(text))]:
+    for j, end in [*closers[:MAX_ENDS], (len(fences), len(text))]:
         for code in _codes(text[opener.end() : end]):
             if _statements(_parse(code)):
                 return language, code, j + 1
@@ -137,7 +139,7 @@ def _codes(content):
     yield _dedent(content)
     if begins:
         yield _dedent(f"{info[begins.start() :]}\n{rest}")
-    if not re.match(r"\s*\w+=\S", behind_language):  # title="a.py"
+    if not re.match(r"\w+=[\"']", behind_language):  # title="a.py"
         yield _dedent(behind_language)
     yield _dedent(rest)
 
@@ -230,7 +232,7 @@ def _statement(lines, start):
     if not lines[start].strip() or lines[start].lstrip().startswith("#"):
         return found
     ends = (j for j in range(start + 1, len(lines)) if lines[j].strip() and _is_outside(lines[j], indentation))
-    for stop in itertools.chain(ends, [len(lines)]):
+    for stop in itertools.islice(itertools.chain(ends, [len(lines)]), MAX_ENDS):
         source = "\n".join(line.removeprefix(indentation) for line in lines[start:stop])
         tree = _parse(source)
         is_error = isinstance(tree, Exception)
@@ -377,7 +379,7 @@ def _bodies(text):
     while first < len(lines) and (first in sentences or not lines[first].strip()):
         first += 1
     for start in dict.fromkeys((0, first)):
-        for stop in [len(lines), *(i for i in reversed(sentences) if i > start)]:
+        for stop in [len(lines), *[i for i in sentences if i > start][MAX_SENTENCES::-1]]:
             if any(line.strip() for line in lines[start:stop]):
                 yield lines[start:stop]
 

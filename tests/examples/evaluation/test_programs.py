@@ -84,6 +84,22 @@ def test_references_in_every_form():
             assert dump(extract_code(form(code), names[0] if names else None)) == dump(code), (i, form(code))
 
 
+@real_rows
+def test_what_was_right_stays_right():
+    """All references, in the forms that were always read."""
+    rows = [json.loads(line) for line in (DATA / "mbpp.jsonl").read_text().splitlines()]
+    codes = [(row["code"].replace("\r\n", "\n"), called_names("\n".join(row["test_list"]))) for row in rows]
+    rows = [json.loads(line) for line in (DATA / "humaneval.jsonl").read_text().splitlines()]
+    codes += [(row["prompt"] + row["canonical_solution"], [row["entry_point"]]) for row in rows]
+    for code, names in codes:
+        for form in ("alone", "fence", "marks"):
+            assert dump(extract_code(FORMS[form](code), names[0] if names else None)) == dump(code), (form, code)
+    for row in rows:
+        assert dump(extract_code(row["canonical_solution"], row["entry_point"], row["prompt"])) == dump(
+            row["prompt"] + row["canonical_solution"]
+        )
+
+
 BODIES = {
     "alone": lambda body: body,
     "fence": lambda body: f"{FENCE}python\n{body}{FENCE}",

@@ -8,11 +8,10 @@ import torch
 from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
-from .hub_ids import check_folder_or_hub_id, is_hub_id
+from .hub_ids import check_folder_or_hub_id, file_of, is_hub_id
 from .model_cards import TRAINING_FILE
 
 # Where peft keeps the weight of a whole embedding or head, behind the module's name.
@@ -78,61 +77,72 @@ def merge_adapter(
     return model
 
 
-def load_adapted(adapter: str | Path, base_model: str | None = None, **model_init_kwargs) -> PeftModel:
+def load_adapted(
+    adapter: str | Path, base_model: str | None = None, *, adapter_revision: str | None = None, **model_init_kwargs
+) -> PeftModel:
     """Load an adapter on its base model, not merged, to decode as it was distilled to. An adapter that was trained
     after tokens were added holds the rows of all tokens; the base model is given as many before it is loaded.
 
     Args:
         adapter (`str` or `Path`): folder or Hub id of the adapter.
         base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
+        adapter_revision (`str`, *optional*): branch, tag or commit of the adapter's repository.
         model_init_kwargs: of `from_pretrained` for the base model; `dtype="auto"` by default.
 
     Raises:
         ValueError: if there is no adapter, or its base model is missing or lacks tokens that the adapter does not
             hold.
     """
-    model = _load(adapter, base_model, model_init_kwargs)
-    base = model.get_base_model()
-    base.generation_config = _updated(base.generation_config, decoding_of(adapter))
+    model = _load(adapter, base_model, model_init_kwargs, adapter_revision)
+    decode_as_distilled(model, adapter, adapter_revision)
     return model
 
 
-def load_tokenizer(adapter: str | Path | None = None, base_model: str | None = None) -> PreTrainedTokenizerBase:
+def decode_as_distilled(model: PreTrainedModel | PeftModel, adapter: str | Path, revision: str | None = None):
+    """Give a model the decoding that an adapter, a folder or Hub id, was distilled for."""
+    model.generation_config.update(**_with_own_number(model.generation_config, decoding_of(adapter, revision)))
+
+
+def load_tokenizer(
+    adapter: str | Path | None = None,
+    base_model: str | None = None,
+    *,
+    adapter_revision: str | None = None,
+    **tokenizer_kwargs,
+) -> PreTrainedTokenizerBase:
     """The tokenizer beside an adapter, or else that of its base model: each a folder or Hub id, or None.
+
+    Args:
+        tokenizer_kwargs: of `from_pretrained`. `revision` is the base model's, `adapter_revision` the adapter's.
 
     Raises:
         ValueError: if there is neither, naming what is missing.
     """
-    if adapter is not None and _file_of(adapter, "tokenizer_config.json"):
-        return AutoTokenizer.from_pretrained(adapter)
+    if adapter is not None and file_of(adapter, "tokenizer_config.json", adapter_revision):
+        return AutoTokenizer.from_pretrained(adapter, **{**tokenizer_kwargs, "revision": adapter_revision})
     if not base_model:
         raise ValueError("`tokenizer=None`, and there is none beside the model, nor a known base model: pass one.")
     _check_base_model(base_model, adapter)
-    return AutoTokenizer.from_pretrained(base_model)
+    return AutoTokenizer.from_pretrained(base_model, **tokenizer_kwargs)
 
 
-def training_of(source: str | Path) -> dict:
+def training_of(source: str | Path, revision: str | None = None) -> dict:
     """What the `training.json` of an adapter or a model, a folder or Hub id, says; {} if there is none."""
-    path = _file_of(source, TRAINING_FILE)
+    path = file_of(source, TRAINING_FILE, revision)
     return json.loads(Path(path).read_text()) if path else {}
 
 
-def decoding_of(source: str | Path) -> dict:
+def decoding_of(source: str | Path, revision: str | None = None) -> dict:
     """The arguments of `generate()` that an adapter or a model, a folder or Hub id, was distilled for; {} if its
     `training.json` does not say."""
-    return training_of(source).get("decoding") or {}
+    return training_of(source, revision).get("decoding") or {}
 
 
-def _file_of(source, name):
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(str(source), name, **missing)
-
-
-def _adapter_config(adapter):
+def _adapter_config(adapter, revision=None):
     check_folder_or_hub_id("adapter", adapter)
     if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").exists():
         raise ValueError(f"`adapter={str(adapter)!r}` is not allowed: the folder holds no adapter_config.json.")
-    return PeftConfig.from_pretrained(str(adapter))
+    return PeftConfig.from_pretrained(str(adapter), revision=revision)
 
 
 def _has_nothing_to_merge(config):
@@ -160,9 +170,9 @@ def _check_base_model(base_model, adapter=None, is_given=True):
     )
 
 
-def _load(adapter, base_model, model_init_kwargs):
+def _load(adapter, base_model, model_init_kwargs, revision=None):
     """The adapter on its base model, with as many rows for tokens as it was trained with."""
-    config = _adapter_config(adapter)
+    config = _adapter_config(adapter, revision)
     name, is_given = base_model or config.base_model_name_or_path, base_model is not None
     if not name:
         raise ValueError(
@@ -171,24 +181,25 @@ def _load(adapter, base_model, model_init_kwargs):
         )
     _check_base_model(name, adapter, is_given)
     try:
-        base = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **model_init_kwargs})
+        pinned = {} if is_given or not config.revision else {"revision": config.revision}
+        base = AutoModelForCausalLM.from_pretrained(name, **{"dtype": "auto", **pinned, **model_init_kwargs})
     except OSError as error:
         says = "" if is_given else f", which `adapter={str(adapter)!r}` names,"
         raise ValueError(
             f"The base model {str(name)!r}{says} could not be loaded: pass `base_model=`, the folder or Hub id of the "
             f"model that the adapter was trained on. ({error})"
         ) from error
-    _resize(base, adapter, model_init_kwargs.get("trust_remote_code"))
-    return PeftModel.from_pretrained(base, str(adapter))
+    _resize(base, adapter, model_init_kwargs.get("trust_remote_code"), revision)
+    return PeftModel.from_pretrained(base, str(adapter), revision=revision)
 
 
-def _resize(base, adapter, trust_remote_code):
+def _resize(base, adapter, trust_remote_code, revision):
     """Give embedding and head as many rows as those have that the adapter was trained with. Of tokens that were added
     the adapter must hold the rows: they are nowhere else."""
     parts = {"embedding": base.get_input_embeddings(), "head": base.get_output_embeddings()}
     rows, held, needed = len(parts["embedding"].weight), {}, 0
     names = {id(module): f"base_model.model.{name}." for name, module in base.named_modules()}
-    for key, weight in load_peft_weights(str(adapter), device="cpu").items():
+    for key, weight in load_peft_weights(str(adapter), device="cpu", revision=revision).items():
         for part, module in parts.items():
             suffix = key.removeprefix(names[id(module)])
             if suffix in WHOLE_WEIGHTS:
@@ -197,8 +208,9 @@ def _resize(base, adapter, trust_remote_code):
                 needed = weight.shape[1]
             elif suffix == "lora_B.weight" and part == "head":
                 needed = weight.shape[0]
-    if _file_of(adapter, "tokenizer_config.json"):
-        needed = max(needed, len(AutoTokenizer.from_pretrained(adapter, trust_remote_code=trust_remote_code)))
+    if file_of(adapter, "tokenizer_config.json", revision):
+        kwargs = {"trust_remote_code": trust_remote_code, "revision": revision}
+        needed = max(needed, len(AutoTokenizer.from_pretrained(adapter, **kwargs)))
     wanted = max(held.values(), default=max(rows, needed))
     missing = [part for part in parts if part not in held]
     if wanted > rows and missing and not (held and base.config.tie_word_embeddings):
@@ -211,12 +223,17 @@ def _resize(base, adapter, trust_remote_code):
         base.resize_token_embeddings(wanted, mean_resizing=False)
 
 
+def _with_own_number(generation_config, settings):
+    """Settings that name another policy than the configuration's come with that policy's own threshold or steps."""
+    if settings.get("unmasking", generation_config.unmasking) == generation_config.unmasking:
+        return settings
+    return {"threshold": None, "steps": None, **settings}
+
+
 def _updated(generation_config, settings):
-    """A copy of it with these settings; of another policy it takes that policy's own threshold or steps."""
+    """A copy of it with these settings."""
     config = copy.deepcopy(generation_config)
-    if settings.get("unmasking", config.unmasking) != config.unmasking:
-        settings = {"threshold": None, "steps": None, **settings}
-    unknown = config.update(**settings)
+    unknown = config.update(**_with_own_number(config, settings))
     if unknown:
         raise ValueError(f"{sorted(unknown)} are no fields of {type(config).__name__}.")
     return config

@@ -1,20 +1,18 @@
 """What the commands that evaluate have in common."""
 
 import importlib.util
-import json
 import sys
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM
 from transformers.utils.hub import extract_commit_hash
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
-from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
-from dparallel.hub_cards.merge import decoding_of
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id, file_of
+from dparallel.hub_cards.merge import load_adapted, load_tokenizer
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 
 from .evaluation import DECODING_ARGUMENTS, evaluate_task, origin_of
@@ -93,72 +91,46 @@ def load_model(arguments):
         check_folder_or_hub_id(name, value)
     is_gpu = torch.cuda.is_available()
     device = PartialState(cpu=not is_gpu, timeout=timedelta(days=1)).device  # one process may wait for others' answers
-    base, revision = _base_and_revision(arguments)
     kept = {"trust_remote_code": arguments.trust_remote_code}
-    adapter = arguments.model if base != arguments.model else arguments.adapter
-    adapter_revision = arguments.revision if base != arguments.model else None
-    has_own = base != arguments.model and _file_of(adapter, "tokenizer_config.json", adapter_revision) is not None
-    name, tokenizer_revision = (adapter, adapter_revision) if has_own else (base, revision)
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", revision=tokenizer_revision, **kept)
     dtype = arguments.dtype or ("float32" if device.type == "cpu" else "auto")
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, revision=revision, **kept)
-    if adapter:
-        pinned = {} if adapter_revision is None else {"adapter_kwargs": {"revision": adapter_revision}}
-        model.load_adapter(str(adapter), **pinned)
-        decode_as_distilled(model, adapter)
+    base, adapter, adapter_revision = _base_and_adapter(arguments)
+    if base is not None:
+        kept["revision"] = arguments.revision
+    if adapter is None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **kept)
+    else:
+        model = load_adapted(adapter, base, adapter_revision=adapter_revision, dtype=dtype, **kept)
+        base = base or model.active_peft_config.base_model_name_or_path
+    tokenizer = load_tokenizer(adapter, base, adapter_revision=adapter_revision, padding_side="left", **kept)
     return model.to(device).eval(), tokenizer
-
-
-def decode_as_distilled(model, adapter):
-    """Give a model the decoding that an adapter, a folder or Hub id, was distilled for."""
-    decoding = decoding_of(adapter)
-    if decoding.get("unmasking", model.generation_config.unmasking) != model.generation_config.unmasking:
-        decoding = {"threshold": None, "steps": None, **decoding}  # not the base model's number
-    model.generation_config.update(**decoding)
 
 
 def is_adapter(model, revision=None) -> bool:
     """Is a folder or Hub id that of an adapter, and not of a whole model?"""
-    return isinstance(model, (str, Path)) and _file_of(model, ADAPTER_FILE, revision) is not None
+    return isinstance(model, (str, Path)) and file_of(model, ADAPTER_FILE, revision) is not None
+
+
+def _base_and_adapter(arguments):
+    """What is to be loaded: the base model (None: the one that the adapter names), the adapter, and its revision."""
+    if not is_adapter(arguments.model, arguments.revision):
+        return arguments.model, arguments.adapter, None
+    if arguments.adapter:
+        raise ValueError(
+            f"`adapter={str(arguments.adapter)!r}` is not allowed: `model={str(arguments.model)!r}` is an adapter."
+        )
+    return None, arguments.model, arguments.revision
 
 
 def origin_from(arguments, model) -> dict:
     """What results say of where the model is from, see `Measurement`."""
     found = origin_of(model)
-    base, _ = _base_and_revision(arguments)
-    adapter = arguments.model if base != arguments.model else arguments.adapter
+    _, adapter, revision = _base_and_adapter(arguments)
     if adapter:
-        path = _file_of(adapter, ADAPTER_FILE, arguments.revision if adapter == arguments.model else None)
         found["adapter"] = Path(adapter).name if Path(adapter).is_dir() else str(adapter)
-        if (commit := extract_commit_hash(str(path), None)) is not None:
+        commit = extract_commit_hash(str(file_of(adapter, ADAPTER_FILE, revision)), None)
+        if commit is not None:
             found["adapter_revision"] = commit
     return found
-
-
-def _base_and_revision(arguments):
-    """The model to load, and its revision: that of an adapter, if `--model` is one."""
-    path = _file_of(arguments.model, ADAPTER_FILE, arguments.revision)
-    if path is None:
-        return arguments.model, arguments.revision
-    if arguments.adapter:
-        raise ValueError(
-            f"`adapter={str(arguments.adapter)!r}` is not allowed: `model={str(arguments.model)!r}` is an adapter."
-        )
-    config = json.loads(Path(path).read_text())
-    base = config.get("base_model_name_or_path")
-    if not base:
-        raise ValueError(
-            f"`model={str(arguments.model)!r}` is not allowed: it is an adapter that does not name its base model. "
-            "Name the base model as --model, and this as --adapter."
-        )
-    check_folder_or_hub_id("base_model_name_or_path", base)
-    return base, config.get("revision") or "main"
-
-
-def _file_of(source, name, revision=None):
-    """The path of a file of a folder or of a Hub repository; None if it has no such file."""
-    missing = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(str(source), name, revision=revision, **missing)
 
 
 def table_row(measurement, model) -> str:

@@ -31,8 +31,9 @@ from lm_eval.models.huggingface import HFLM
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 from dparallel.hub_cards.command_line import plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
+from dparallel.hub_cards.merge import decode_as_distilled
 
-from .command_line import decode_as_distilled, is_adapter
+from .command_line import is_adapter
 from .evaluation import DECODING_ARGUMENTS, check_decoding, resolve_decoding
 from .metrics import DecodingEfficiency
 

@@ -143,12 +143,13 @@ def test_an_adapter_is_evaluated_without_merging(questions, tmp_path):
     found = load_measurements(tmp_path / "alone" / "results.json")[0]
     assert (found.checkpoint, found.adapter) == ("checkpoint", "adapter")
     assert decoding.items() <= found.resolved_decoding.items()
-    result = call(GSM8K_SCRIPT, "--model", tmp_path / "adapter", "--adapter", tmp_path / "adapter")
+    flags = ["--data", questions, "--model", tmp_path / "adapter"]
+    result = call(GSM8K_SCRIPT, *flags, "--adapter", tmp_path / "adapter")
     assert result.returncode == 1 and "is not allowed: `model=" in result.stderr
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": None}))
-    result = call(GSM8K_SCRIPT, "--model", tmp_path / "adapter")
-    assert result.returncode == 1 and "it is an adapter that does not name its base model" in result.stderr
+    result = call(GSM8K_SCRIPT, *flags)
+    assert result.returncode == 1 and "does not say which base model it was trained on" in result.stderr
 
 
 def test_programs_are_run_only_if_allowed(tmp_path):

@@ -251,8 +251,8 @@ class DiffusionGenerationConfig(GenerationConfig):
             value = getattr(self, name, None)
             if value not in (None, False, neutral.get(name)):
                 raise ValueError(
-                    f"`{name}={value!r}` is not supported in diffusion decoding: it must be left out (or "
-                    f"{neutral.get(name)!r}). The standard fields that are: {', '.join(HONOURED_FIELDS)}."
+                    f"`{name}={value!r}` is for autoregressive decoding, or not supported in diffusion decoding: it "
+                    f"must be left out (or {neutral.get(name)!r}). Supported are {', '.join(HONOURED_FIELDS)}."
                 )
         biases = self.sequence_bias or []  # a dict or a list of pairs
         biased = [*biases] if isinstance(biases, dict) else [ids for ids, _ in biases]

@@ -810,7 +810,7 @@ def test_bad_arguments_are_named_before_any_computation(model, prompt, name, val
 def bad_inputs():
     ids = torch.arange(6).view(2, 3)
     return {
-        "no inputs": ({}, "Exactly one of"),
+        "no inputs": ({"bos_token_id": None}, "Exactly one of"),
         "both": ({"inputs": ids, "input_ids": ids}, "Exactly one of"),
         "list": ({"inputs": [[1, 2]]}, "integer tensor of shape"),
         "one dimension": ({"inputs": ids[0]}, "integer tensor of shape"),

@@ -60,7 +60,9 @@ def test_standard_fields_without_effect_are_refused(model, prompt, monkeypatch, 
         setattr(arguments["generation_config"], name, SET[name])
     else:
         monkeypatch.setattr(model.generation_config, name, SET[name])
-    with pytest.raises(ValueError, match=rf"`{name}=.* is not supported in diffusion decoding: it must be left out"):
+    with pytest.raises(
+        ValueError, match=rf"`{name}=.* is for autoregressive decoding, or not supported .*: it must be left out"
+    ):
         model.generate(prompt, **arguments)
 
 

@@ -209,3 +209,11 @@ def test_loading_with_a_generation_config_of_ones_own(family):
     model = family.load(generation_config=DiffusionGenerationConfig(unmasking="margin", steps=7))
     assert (model.generation_config.unmasking, model.generation_config.steps) == ("margin", 7)
     assert dparallel.modeling.POLICIES["margin"].is_scheduled
+
+
+def test_a_model_in_a_subfolder(family, reader, tmp_path):
+    """transformers looks for remote code in the root of a repository alone; with this package none is needed."""
+    reader.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, subfolder="model", trust_remote_code=True)
+    assert type(loaded) is family.model
+    assert loaded.generation_config.to_dict() == reader.generation_config.to_dict()

@@ -252,7 +252,7 @@ def test_quantized_models_are_asked_for():
     assert found["quantization_config"].load_in_4bit and found["device_map"] == {"": PartialState().device}
 
 
-@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").iterdir()), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted((EXAMPLES / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_understood(recipe, tmp_path):
     parser = TrlParser((distill.DistillArguments, CertaintyForcingConfig, ModelConfig))
     flags = ["--config", str(recipe), "--output_dir", str(tmp_path), "--bf16", "false"]

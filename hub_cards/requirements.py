@@ -20,7 +20,7 @@ def install_command(*names: str) -> str:
 
 
 def from_sources() -> str | None:
-    """Which sources of this package they are, "dparallel 0.1.0", if its metadata has no address."""
+    """Which sources of this package they are, "dparallel 0.2.0", if its metadata has no address."""
     found = _metadata()
     return None if _address() else f"{PACKAGE} {found['Version']}" if found else PACKAGE
 

@@ -1,4 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Models, decoding policies and `generate()`; importing it registers the models with transformers' Auto classes."""
+
+from importlib.metadata import PackageNotFoundError, version
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -29,8 +32,14 @@ __all__ = [
     "TokenStatistics",
     "UnmaskingFilter",
     "UnmaskingFilterConfig",
+    "__version__",
     "token_statistics",
 ]
+
+try:
+    __version__ = version("dparallel")
+except PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
 
 for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
     AutoConfig.register(config.model_type, config)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Keys and values for block-wise decoding, kept from one pass to the next.
 
 A masked diffusion model is bidirectional: what a position attends to changes with every token that is written.

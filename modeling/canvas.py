@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """The canvas: prompts, answers as far as they are written, and what is known of each position and row."""
 
 from typing import NamedTuple

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Replaying a decoding step as a CUDA graph.
 
 A step of decoding is some hundred small launches, which a host issues more slowly than a GPU works them off. The step

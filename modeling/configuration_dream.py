@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Configuration of the Dream family (Dream-org/Dream-v0-Base-7B, -Instruct-7B, Dream-Coder and models distilled from
 them): Qwen2's, with `[MASK]`, in the official files' own keys."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Configuration of the LLaDA family (GSAI-ML/LLaDA-8B-Base, -Instruct, LLaDA-1.5 and models distilled from them).
 
 The fields bear the names of the official `config.json`, so that official files load unchanged and files written here

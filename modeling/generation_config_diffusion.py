@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """What `generate()` can be told: the fields of diffusion decoding, the standard ones that are honoured, and what is
 refused by name."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Parallel decoding of masked diffusion language models behind `model.generate()`.
 
 The prompt is followed by `max_new_tokens` times `[MASK]`: the canvas. It is finished block by block, from left to

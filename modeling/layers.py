@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """What the layers of all families are made of beside their projections. Each part takes its kernel where that suits
 (`triton_kernels.py`), and else is plain PyTorch with the same rounding."""
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Which logits processors decoding takes, and how it calls them.
 
 transformers' processors are written for one token after the other: they see the ids so far, and the logits of the next

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Dream: Qwen2 without the causal mask. The logits at position i - 1 predict the token at position i, as in the
 autoregressive model that Dream was trained from ("Dream 7B", https://arxiv.org/abs/2508.15487).
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """LLaDA: a Llama-like transformer without the causal mask, which predicts every masked position at once.
 
 Module names are those of the official checkpoints, so weights, adapters and other engines agree without conversion.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Projections of the same input as one matrix product.
 
 Three narrow products leave more of a GPU idle than a wide one. `pack_projections` moves the weights of such

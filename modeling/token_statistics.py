@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """From logits to what the unmasking policies look at: a token for each position, and how certain the model is."""
 
 from typing import NamedTuple

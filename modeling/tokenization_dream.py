@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """The tokenizer of the official Dream repositories is Qwen2's, behind code of their own under this name."""
 
 from transformers import AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """What is between the matrix products of a step, each in one kernel: CUDA only, and without gradients.
 
 Each function has a plain twin where it is called, with the same rounding; `suit_kernels` says which one it is to be.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """The unmasking policies: which masked positions of the current block become final in this step.
 
 Each policy is a pure function `(statistics, masked, *, threshold, generator)`, or with `count` and `temperature` in

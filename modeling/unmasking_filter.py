@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Learn2PD's filter: a small network that reads how certain a model is at each position of a block, and says which of
 its predictions are final already ("Learning to Parallel", https://arxiv.org/abs/2509.25188).
 

@@ -27,6 +27,32 @@ def test_extras_have_names_that_every_pip_finds():
         assert set(extras.split(",")) <= {"train", "eval", "lm-eval", "test"}
 
 
+def test_remote_code_names_its_licence_and_version():
+    """`pyproject.toml` has the version; the files of `modeling/` carry it to where nothing else says it."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    licence, version = (re.search(f'^{name} = "(.+)"$', text, re.M)[1] for name in ("license", "version"))
+    for path in (ROOT / "modeling").glob("*.py"):
+        first = path.read_text(encoding="utf-8").splitlines()[0]
+        assert first == f"# SPDX-License-Identifier: {licence}; dparallel {version}", (
+            f"{path.name}: run `sed -i '1s/dparallel .*/dparallel {version}/' modeling/*.py`"
+        )
+
+
+def test_a_checkout_that_is_not_installed_has_a_version():
+    code = """
+import importlib.metadata as metadata
+found = metadata.version
+def version(name):
+    if name == "dparallel":
+        raise metadata.PackageNotFoundError(name)
+    return found(name)
+metadata.version = version
+import dparallel.modeling
+print(dparallel.modeling.__version__)
+"""
+    assert run("-c", code).strip() == "0+unknown"
+
+
 def test_wheel_and_sdist(tmp_path):
     run("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     wheel, sdist = next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))
@@ -50,8 +76,10 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import dparallel.modeling as m, dparallel.trainer as t, dparallel.hub_cards, dparallel.evaluation, torch
 assert m.__file__.startswith(sys.argv[1]) and t.__file__.startswith(sys.argv[1]), m.__file__
+assert m.__version__ == t.__version__ == sys.argv[3], m.__version__
 model = m.LLaDAModelLM.from_pretrained(sys.argv[2])
 print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=5).shape)
 """
     fixture = ROOT / "tests" / "fixtures" / "llada_tiny"
-    assert "[1, 8]" in run("-c", code, str(tmp_path / "site"), str(fixture), cwd=tmp_path)
+    version = wheel.name.split("-")[1]
+    assert "[1, 8]" in run("-c", code, str(tmp_path / "site"), str(fixture), version, cwd=tmp_path)

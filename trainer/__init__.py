@@ -1,5 +1,7 @@
 """Training of masked diffusion language models in the shape of TRL."""
 
+from dparallel.modeling import __version__
+
 from .certainty_forcing_config import CertaintyForcingConfig
 from .certainty_forcing_trainer import CertaintyForcingTrainer
 from .checkpoints import last_complete_checkpoint
@@ -25,6 +27,7 @@ __all__ = [
     "FilterTrainer",
     "MaskedDiffusionConfig",
     "MaskedDiffusionTrainer",
+    "__version__",
     "acceptance_rates",
     "generate_trajectories",
     "last_complete_checkpoint",

@@ -1,1 +1,174 @@
-../../../modeling/layers.py
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
+"""What the layers of all families are made of beside their projections. Each part takes its kernel where that suits
+(`triton_kernels.py`), and else is plain PyTorch with the same rounding."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .block_cache import BlockCache
+from .triton_kernels import (
+    HEAD_DIMS,
+    MAX_QUERIES,
+    fused_attention,
+    fused_rms_norm,
+    fused_rotate,
+    fused_silu_product,
+    suit_kernels,
+)
+
+
+class BidirectionalPreTrainedModel(PreTrainedModel):
+    """What models of these layers can do."""
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls):
+        return True  # transformers reads the source of the model's file, and attention is called in this one
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x, residual=None):
+        """The norm of `x`; with a residual, the sum of the two and the norm of that."""
+        if suit_kernels(x, self.weight):
+            return fused_rms_norm(x, self.weight, self.eps, residual)
+        if residual is not None:
+            total = residual + x
+            return total, self(total)
+        return self.weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+
+
+def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_values=None):
+    """What the attention implementation of `config` takes for keys that nothing may attend to.
+
+    Args:
+        config (`PreTrainedConfig`): of the model.
+        hidden_states (`torch.Tensor` of shape `(B, Q, D)`): input of the first layer.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at these keys. None if there are none: a mask
+            is not searched for zeros, since that would be a wait for the device in every pass.
+        past_key_values (`Cache`, *optional*): tells how many keys there are.
+    """
+    if attention_mask is None:
+        return None
+    # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
+    mask = create_bidirectional_mask(
+        config, hidden_states, attention_mask, None, past_key_values, allow_is_bidirectional_skip=False
+    )
+    if config._attn_implementation == "sdpa" and attention_mask.ndim == 2:
+        # Each layer would make this of a bool mask. It is the same for all queries.
+        is_hidden, dtype = ~mask[:, :, :1], hidden_states.dtype
+        mask = torch.zeros_like(is_hidden, dtype=dtype).masked_fill(is_hidden, torch.finfo(dtype).min)
+        mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
+    return mask
+
+
+class RotaryTables:
+    """Cosine and sine of the rotary angles, float32, each (B or 1, 1, T, head_dim / 2).
+
+    An object and no pair, as FSDP casts the tensors among a layer's arguments to the dtype that it computes in, which
+    is too coarse for angles. What moves arguments between devices calls `to`.
+    """
+
+    def __init__(self, cos, sin):
+        self.cos, self.sin = cos, sin
+
+    def to(self, *args, **kwargs):
+        return RotaryTables(self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs))
+
+
+def prepare_attention(module, config, layer_idx):
+    """Give a module what `attention` and transformers' attention functions read of it."""
+    module.config = config
+    module.layer_idx = layer_idx
+    module.head_dim = config.hidden_size // config.num_attention_heads
+    module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+    module.is_causal = False
+
+
+def attention(module, projected, tables, attention_mask, past_key_values, **kwargs):
+    """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim), and the
+    `RotaryTables`. Returns what is to be projected back, and the weights if the implementation knows them."""
+    query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
+    if isinstance(past_key_values, BlockCache) and query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value):
+        *kept, slots = past_key_values.of_layer(module.layer_idx, key)
+        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, slots)
+        key, value = past_key_values.seen(module.layer_idx)
+    else:
+        query, key = rotate(query, key, tables.cos, tables.sin)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, module.layer_idx)
+    mixed, weights = attend(module, query, key, value, attention_mask, module.head_dim**-0.5, **kwargs)
+    return mixed.flatten(2), weights
+
+
+def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention of `query` (B, heads, Q, head_dim) to `key` and `value` (B, groups, T, head_dim), by the
+    implementation that the config of `module` names. Returns (B, Q, heads, head_dim), and the weights (B, heads, Q, T)
+    where that implementation knows them."""
+    implementation = module.config._attn_implementation
+    masks = () if attention_mask is None else (attention_mask,)
+    if (
+        implementation == "sdpa"
+        and suit_kernels(query, key, value, *masks)  # first: where it is not so, a compiler need not know the lengths
+        and query.shape[2] <= MAX_QUERIES
+        and query.shape[3] in HEAD_DIMS
+        and query.dtype.itemsize == 2
+        and all(mask.shape[1] == 1 and mask.stride(2) == 0 for mask in masks)
+    ):
+        return fused_attention(query, key, value, attention_mask, scaling), None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain_attention)
+    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
+
+
+def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention written out, for `attn_implementation="eager"`."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2), weights
+
+
+def rotate(query, key, cos, sin):
+    """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T,
+    head_dim / 2)."""
+    if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
+        return fused_rotate(query, key, cos, sin)
+    rotated = []
+    for x in (query, key):
+        first, second = x.float().chunk(2, dim=-1)
+        rotated.append(torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype))
+    return rotated
+
+
+def silu_product(gate, up):
+    if suit_kernels(gate, up):
+        return fused_silu_product(gate, up)
+    return nn.functional.silu(gate) * up
+
+
+def select_positions(hidden_states, logits_to_keep):
+    """What a model applies its head to: of hidden states (B, T, D) those that `logits_to_keep` names: all (0), the
+    last n (n), the same positions of each row (L,), or others of each row (B, L)."""
+    if isinstance(logits_to_keep, int):
+        return hidden_states[:, -logits_to_keep:]
+    positions = logits_to_keep.to(hidden_states.device)
+    if positions.ndim == 1:
+        return hidden_states[:, positions]
+    return hidden_states.take_along_dim(positions[..., None], dim=1)

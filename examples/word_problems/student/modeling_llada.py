@@ -1,1 +1,180 @@
-../../../modeling/modeling_llada.py
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
+"""LLaDA: a Llama-like transformer without the causal mask, which predicts every masked position at once.
+
+Module names are those of the official checkpoints, so weights, adapters and other engines agree without conversion.
+The architecture is described in "Large Language Diffusion Models" (https://arxiv.org/abs/2502.09992).
+"""
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_llada import LLaDAConfig
+from .generation_diffusion import DiffusionGenerationMixin
+from .layers import (
+    BidirectionalPreTrainedModel,
+    RMSNorm,
+    RotaryTables,
+    attention,
+    bidirectional_mask,
+    prepare_attention,
+    select_positions,
+    silu_product,
+)
+from .packed_projections import project
+
+
+def rotary_tables(position_ids, head_dim, theta):
+    """Of float32 angles, like in the official code (`rope_full_precision`). Recomputed in each pass: it costs nothing,
+    and there is no buffer that a cast or a meta device could spoil."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
+    angles = position_ids[:, None, :, None].float() * (1.0 / theta**exponents)
+    return RotaryTables(angles.cos(), angles.sin())
+
+
+class LLaDALlamaBlock(GradientCheckpointingLayer):
+    """Attention and gated MLP, each behind a norm. The official code keeps all projections in the block itself."""
+
+    packed_projections = (("q_proj", "k_proj", "v_proj"), ("ff_proj", "up_proj"))
+
+    def __init__(self, config: LLaDAConfig, layer_idx: int):
+        super().__init__()
+        prepare_attention(self, config, layer_idx)
+        kv_size = config.n_kv_heads * self.head_dim
+        self.attn_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.k_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.d_model, kv_size, bias=False)
+        self.attn_out = nn.Linear(config.d_model, config.d_model, bias=False)
+        self.ff_norm = RMSNorm(config.d_model, config.rms_norm_eps)
+        self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
+        self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
+
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        projected = project(self.attn_norm(hidden_states), (self.q_proj, self.k_proj, self.v_proj))
+        mixed, weights = attention(self, projected, position_embeddings, attention_mask, past_key_values, **kwargs)
+        hidden_states, x = self.ff_norm(self.attn_out(mixed), residual=hidden_states)
+        hidden_states = hidden_states + self.ff_out(silu_product(*project(x, (self.ff_proj, self.up_proj))))
+        return hidden_states, weights
+
+
+class LLaDAPreTrainedModel(BidirectionalPreTrainedModel):
+    config_class = LLaDAConfig
+    _no_split_modules = ["LLaDALlamaBlock"]
+    _can_record_outputs = {"hidden_states": LLaDALlamaBlock, "attentions": OutputRecorder(LLaDALlamaBlock, index=1)}
+
+
+class LLaDAModel(LLaDAPreTrainedModel):
+    """The transformer from token ids to normed hidden states. As in the official checkpoints it also *holds* the head
+    (`transformer.ff_out`), which `LLaDAModelLM` applies."""
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.embedding_size, config.d_model),
+                "blocks": nn.ModuleList(LLaDALlamaBlock(config, i) for i in range(config.n_layers)),
+                "ln_f": RMSNorm(config.d_model, config.rms_norm_eps),
+                "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=False),
+            }
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value):
+        self.transformer.wte = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        if position_ids is None:
+            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
+        attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
+        position_embeddings = rotary_tables(
+            position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta
+        )
+        for block in self.transformer.blocks:
+            hidden_states, _ = block(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+        return BaseModelOutputWithPast(self.transformer.ln_f(hidden_states), past_key_values)
+
+
+class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
+    """LLaDA with its head and parallel `generate()`. The logits at position i predict the token at position i."""
+
+    logits_shift = 0
+    _tied_weights_keys = {"model.transformer.ff_out.weight": "model.transformer.wte.weight"}
+
+    def __init__(self, config: LLaDAConfig):
+        super().__init__(config)
+        self.model = LLaDAModel(config)
+        self.post_init()
+
+    def get_output_embeddings(self):
+        return self.model.transformer.ff_out
+
+    def set_output_embeddings(self, value):
+        self.model.transformer.ff_out = value
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.embedding_size = embeddings.num_embeddings  # transformers only knows of `vocab_size`
+        return embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        labels=None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """One pass over a canvas.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`): prompt and answer, `[MASK]` where nothing is decided.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at positions that nothing may attend to.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0, 1, ... if unset.
+            past_key_values (`Cache`, *optional*): keys and values of other positions.
+            inputs_embeds (`torch.FloatTensor` of shape `(B, T, d_model)`, *optional*): in place of `input_ids`.
+            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): positions to apply the head to: 0 for all,
+                n for the last n, a tensor `(L,)` for the same ones in each row, `(B, L)` for others in each row.
+
+        Returns:
+            `CausalLMOutputWithPast` with `logits` of shape `(B, L, embedding_size)`.
+        """
+        if labels is not None:
+            raise ValueError("`labels` has no meaning here: the loss depends on what was masked (see `trainer/`).")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        logits = self.model.transformer.ff_out(select_positions(outputs.last_hidden_state, logits_to_keep))
+        return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
+
+
+LLaDAModelLM.register_for_auto_class("AutoModelForCausalLM")

@@ -1,1 +1,54 @@
-../../../modeling/token_statistics.py
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
+"""From logits to what the unmasking policies look at: a token for each position, and how certain the model is."""
+
+from typing import NamedTuple
+
+import torch
+
+from .triton_kernels import fused_token_statistics, suit_kernels
+
+
+class TokenStatistics(NamedTuple):
+    """Per position, each of shape (B, K).
+
+    `token` is the choice (int64). `confidence` is its probability, `entropy` that of the whole distribution in nats,
+    `margin` the probability of the best token less that of the second best; all float32, all of the distribution
+    before temperature, top-k and top-p. `finality` is the probability, by a learned filter, that the choice is final
+    (`unmasking_filter.py`); None without one.
+    """
+
+    token: torch.Tensor
+    confidence: torch.Tensor
+    entropy: torch.Tensor
+    margin: torch.Tensor
+    finality: torch.Tensor | None = None
+
+
+def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> TokenStatistics:
+    """Choose a token for every position and measure the model's certainty.
+
+    `[MASK]` is never chosen (the published loops run for ever where it is the likeliest token), while probabilities
+    stay those over the full vocabulary. Arithmetic is float32 whatever the dtype of the logits; the published LLaDA
+    code takes float64, at a large cost and with the same decisions.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, K, V)`): unshifted or shifted, but row i must predict position i.
+        mask_token_id (`int`): id of `[MASK]`.
+        warpers (callable `(ids, scores (N, V)) -> scores`, *optional*): temperature, top-k, ... of a sampled choice.
+            `None` takes the likeliest token, the first one of equals.
+        generator (`torch.Generator`, *optional*): randomness of the sampled choice.
+    """
+    if warpers is None and suit_kernels(logits):
+        return TokenStatistics(*fused_token_statistics(logits, mask_token_id))
+    log_probs = logits.float().log_softmax(dim=-1)
+    entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
+    log_probs[..., mask_token_id] = -torch.inf
+    # Not topk, which leaves open which of equal values comes first, and takes its time.
+    best, token = log_probs.max(dim=-1)
+    second = log_probs.scatter(-1, token[..., None], -torch.inf).amax(dim=-1)
+    if warpers is not None:
+        probs = warpers(None, log_probs.flatten(0, 1)).softmax(dim=-1).view_as(log_probs)
+        # A draw from them, as torch.multinomial makes it, but without its wait for the device.
+        token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+    confidence = log_probs.gather(-1, token[..., None])[..., 0].exp()
+    return TokenStatistics(token, confidence, entropy, best.exp() - second.exp())

@@ -33,6 +33,8 @@ DEFAULT_BLOCK_LENGTH = 32
 PASS_COLOURS = ["#fbe38e", "#abd98a", "#6cc4a4", "#6cb4da", "#37589f", "#3d2f73"]
 CERTAINTY_COLOURS = ["#a61c3c", "#e2604a", "#f5a878", "#f3dcc4", "#d6e4f0"]
 CERTAINTY_DARK = ["#ff5c72", "#f58a5f", "#d9a066", "#7d7068", "#3a597d"]
+PICTURE_WIDTH, MARGIN, ROW_HEIGHT = 9.0, 0.08, 0.26  # of the picture, in inches
+TOKEN_SIZE, LONGEST_TEXT = 9, 40  # of a token in the picture, in points and in characters
 WHITESPACE = {"\n": "↵", "\r": "␍", "\t": "⇥"}
 
 
@@ -124,42 +126,97 @@ def to_html(traces, prompt):
 
 
 def to_picture(traces, path):
-    """A PNG with a row for each trace: positions of the answer, coloured by the pass that wrote them."""
+    """A PNG with the tokens of each trace, coloured by the pass that wrote them and wrapped as text is."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
     from matplotlib.figure import Figure  # not pyplot, which may look for a display
 
+    figure = Figure(figsize=(PICTURE_WIDTH, 1), dpi=200, facecolor="white")
+    axes = figure.add_axes((0, 0, 1, 1))  # its coordinates are inches, from the upper left corner
+    axes.set_axis_off()
     last = max(each["passes"] for each in traces)
-    width = max((i for each in traces for i, token in enumerate(each["tokens"], start=1) if token["pass"]), default=1)
-    figure = Figure(figsize=(9, 0.8 + 0.8 * len(traces)), dpi=200, layout="constrained", facecolor="white")
-    rows = figure.subplots(len(traces), sharex=True, squeeze=False)[:, 0]
-    colours = LinearSegmentedColormap.from_list("passes", PASS_COLOURS).with_extremes(bad="#efefef")
-    for axes, each in zip(rows, traces, strict=True):
-        passes = [token["pass"] or float("nan") for token in each["tokens"][:width]]
-        image = axes.pcolormesh(
-            [i + 0.5 for i in range(len(passes) + 1)], [0, 1], [passes], cmap=colours, norm=LogNorm(1, max(last, 2)),
-            edgecolors="white", linewidth=min(0.7, 60 / width),
-        )  # fmt: skip
-        edges = [i + 0.5 for i in range(each["block_length"], len(passes), each["block_length"])]
-        axes.vlines(edges, -0.12, 1.12, colors="#777777", linewidth=0.9, linestyles="dotted", clip_on=False)
-        if each["length"] < len(passes):
-            axes.plot(each["length"], 1.12, "v", color="#333333", markersize=4, clip_on=False)
-        label = f"{Path(each['model']).name}, {each['decoding']}"
-        size = 10 * min(1, 64 / len(label))  # leaves room for the numbers
-        axes.set_title(label, loc="left", fontsize=size, pad=12)
-        passes, rate = each["passes"], each["tokens_per_pass"]
-        passes = f"{passes} forward pass{'es' if passes != 1 else ''}"
-        axes.set_title(f"{passes}, {rate:.1f} tokens per pass", loc="right", fontsize=10, pad=12, fontweight="bold")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(left=False, labelleft=False, bottom=False, labelsize=9)
-        axes.set(xlim=(0.5, width + 0.5), ylim=(0, 1))
-    rows[-1].set_xlabel("position in the answer (▼ end-of-text, dotted: next block)", fontsize=9)
-    bar = figure.colorbar(image, ax=list(rows), pad=0.015, aspect=4 * len(traces), ticks=pass_ticks(last), format="%d")
-    bar.ax.minorticks_off()
-    bar.ax.invert_yaxis()
-    bar.set_label("written in pass", fontsize=9)
-    bar.ax.tick_params(labelsize=9)
-    bar.outline.set_visible(False)
+    colours, norm = LinearSegmentedColormap.from_list("passes", PASS_COLOURS), LogNorm(1, max(last, 2))
+    top = MARGIN
+    for each in traces:
+        top = _draw_heading(axes, each, top)
+        cells, height = _wrap(_cells_of(axes, each), PICTURE_WIDTH - 2 * MARGIN)
+        for cell, left, row in cells:
+            _draw_cell(axes, cell, MARGIN + left, top + row * ROW_HEIGHT, lambda number: colours(norm(number)))
+        top += height * ROW_HEIGHT + 0.2
+    _draw_scale(axes, top, colours, norm, last)
+    height = top + 0.5
+    figure.set_size_inches(PICTURE_WIDTH, height)
+    axes.set(xlim=(0, PICTURE_WIDTH), ylim=(height, 0))
     figure.savefig(path)
+
+
+def _cells_of(axes, each):
+    """A cell for each position up to the last that was written: its text, width, the gap before it, its pass, and
+    whether it is the first of a block. Positions behind the end-of-text are narrow and have no text."""
+    count = max((i for i, token in enumerate(each["tokens"], start=1) if token["pass"]), default=0)
+    cells = []
+    for i, token in enumerate(each["tokens"][:count]):
+        text, is_first = token["text"].strip() + token["mark"], i > 0 and i % each["block_length"] == 0
+        text = text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 1]}…"
+        gap = 0.15 if is_first else 0.09 if token["text"][:1].isspace() else 0.02
+        width = 0.09
+        if text:
+            probe = axes.text(0, 0, text, fontsize=TOKEN_SIZE, parse_math=False)
+            width = 0.07 + probe.get_window_extent().width / axes.figure.dpi
+            probe.remove()
+        cells.append({"text": text, "width": width, "gap": gap, "pass": token["pass"], "is_first": is_first})
+    return cells
+
+
+def _wrap(cells, width):
+    """Each cell with its place in a line, and its line; and the number of lines."""
+    placed, right, row = [], 0.0, 0
+    for cell in cells:
+        left = right + cell["gap"] if right else 0.0
+        if left + cell["width"] > width:
+            left, row = 0.0, row + 1
+        placed.append((cell, left, row))
+        right = left + cell["width"]
+    return placed, row + 1
+
+
+def _draw_heading(axes, each, top):
+    """Model, decoding and what it took; returns where the tokens begin."""
+    label = f"{Path(each['model']).name}, {each['decoding']}"
+    size = 10 * min(1, 64 / len(label))  # leaves room for the numbers
+    style = {"va": "center", "parse_math": False}
+    axes.text(MARGIN, top + 0.1, label, fontsize=size, **style)
+    passes = f"{each['passes']} forward pass{'es' if each['passes'] != 1 else ''}"
+    numbers = f"{passes}, {each['tokens_per_pass']:.1f} tokens per pass"
+    axes.text(PICTURE_WIDTH - MARGIN, top + 0.1, numbers, fontsize=10, fontweight="bold", ha="right", **style)
+    return top + 0.29
+
+
+def _draw_cell(axes, cell, left, top, colour_of):
+    from matplotlib.patches import Rectangle
+
+    height = ROW_HEIGHT - 0.05
+    colour = colour_of(cell["pass"])[:3] if cell["pass"] else (0.94, 0.94, 0.94)
+    axes.add_patch(Rectangle((left, top), cell["width"], height, facecolor=colour, linewidth=0))
+    red, green, blue = (value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in colour)
+    ink = "black" if 0.2126 * red + 0.7152 * green + 0.0722 * blue > 0.179 else "white"
+    place = left + cell["width"] / 2, top + 0.48 * height
+    axes.text(
+        *place, cell["text"], fontsize=TOKEN_SIZE, color=ink, ha="center", va="center_baseline", parse_math=False
+    )
+    if cell["is_first"]:
+        axes.vlines(left - 0.06, top - 0.02, top + height + 0.02, colors="0.4", linewidth=1, linestyles="dotted")
+
+
+def _draw_scale(axes, top, colours, norm, last):
+    """What the colours say, below the traces."""
+    text = axes.text(MARGIN, top + 0.1, "written in pass", fontsize=9, va="center")
+    left, width = MARGIN + text.get_window_extent().width / axes.figure.dpi + 0.1, 3.0
+    steps = [[i / 256 for i in range(256)]]
+    axes.imshow(steps, cmap=colours, aspect="auto", extent=(left, left + width, top + 0.17, top + 0.03))
+    for tick in pass_ticks(last):
+        axes.text(left + width * float(norm(tick)), top + 0.28, tick, fontsize=8, ha="center", va="center")
+    note = "dotted line: next block; narrow: padding behind the end-of-text"
+    axes.text(PICTURE_WIDTH - MARGIN, top + 0.1, note, fontsize=8, color="0.35", ha="right", va="center")
 
 
 # --- command ---------------------------------------------------------------------------------------------------------

@@ -66,6 +66,12 @@ class Measurement:
         return wilson_interval(self.accuracy, self.num_examples)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens up to and including the end-of-text, of all examples, over the seconds that they took; None where
+        those are not known."""
+        return self.tpf * self.nfe * self.num_examples / self.seconds if self.seconds else None
+
+    @property
     def accuracy_in_words(self) -> str:
         """The accuracy in percent, with its interval: "93.8 (93.1 to 94.4)"."""
         low, high = self.interval
@@ -171,6 +177,16 @@ def load_measurements(path) -> list[Measurement]:
         raise ValueError(f"`results={str(path)!r}` is not allowed: there is no such file.") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"`results={str(path)!r}` must be a JSON file with a list `measurements`.") from error
+    return from_entries(entries, path)
+
+
+def from_entries(entries: list[dict], path: str | Path) -> list[Measurement]:
+    """Measurements as JSON has them, `path` being the file: what they hold beyond a `Measurement`'s fields is left
+    out.
+
+    Raises:
+        ValueError: naming the file and the entry, if one lacks something.
+    """
     known = {field.name for field in fields(Measurement)}
     required = {field.name for field in fields(Measurement) if field.default is MISSING}
     measurements = []

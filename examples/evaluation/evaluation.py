@@ -5,11 +5,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, here_and_now
 from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
+from dparallel.trainer.tokenization import tokenize_prompt
+from dparallel.trainer.trajectories import decode_prompts
 
 from .metrics import DecodingEfficiency
 
@@ -36,6 +39,7 @@ def evaluate_task(
     batch_size=16,
     shard_size=32,
     origin=None,
+    warm_up=False,
     **decoding,
 ) -> Measurement:
     """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
@@ -59,6 +63,8 @@ def evaluate_task(
         shard_size (`int`): questions that are saved together.
         origin (`dict`, *optional*): what the results say of where the model is from: `checkpoint`, `revision`,
             `adapter` and `adapter_revision`, see `Measurement`. By default what the model itself knows.
+        warm_up (`bool`): decode a batch before the clock of `seconds.json` starts, and forget its answers: on a GPU,
+            the first batch of a kind of decoding also loads kernels and captures CUDA graphs.
         decoding: arguments of `generate()`; what is not given is as the checkpoint has it, and `max_new_tokens` as the
             task. Unless `stop_at_eos=False`, decoding stops at the task's `stop_strings`, too.
 
@@ -73,8 +79,10 @@ def evaluate_task(
         questions = questions.map(lambda row: {"prompt": row["prompt"][0]["content"]})
     settings = {"unmasking": model.generation_config.unmasking, "max_new_tokens": task.max_new_tokens, **decoding}
     settings = stopping_at(task.stop_strings, model, settings)
-    output_dir, start = Path(output_dir), time.perf_counter()
-    is_new = not any((output_dir / "answers").glob("shard-*"))
+    output_dir, is_new = Path(output_dir), has_no_answers(output_dir)
+    if warm_up and is_new:
+        _decode_a_batch(model, tokenizer, questions, batch_size, settings)
+    start = time.perf_counter()
     PartialState().wait_for_everyone()  # before the first is written
     where = _where_it_began(output_dir, is_new)
     rows = generate_trajectories(
@@ -113,6 +121,19 @@ def evaluate_task(
             (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
     PartialState().wait_for_everyone()
     return measurement
+
+
+def has_no_answers(output_dir: str | Path) -> bool:
+    """Does an evaluation in this folder begin anew? Then its seconds are those of all answers."""
+    return not any((Path(output_dir) / "answers").glob("shard-*"))
+
+
+def _decode_a_batch(model, tokenizer, questions, batch_size, settings):
+    """Of the first questions. Each process does so for itself, and nothing is saved."""
+    first = questions.select(range(min(batch_size, len(questions))))
+    generator = torch.Generator(model.device).manual_seed(0)
+    ids = [tokenize_prompt(row, tokenizer) for row in first]
+    decode_prompts(model, tokenizer, ids, generator=generator, **settings)
 
 
 def stopping_at(stop_strings, model, settings) -> dict:
@@ -190,8 +211,9 @@ def verdicts_of(output_dir) -> list[bool]:
 
 
 def to_entries(measurements) -> list[dict]:
-    """Measurements for JSON, without what is not known."""
-    return [{name: value for name, value in asdict(each).items() if value is not None} for each in measurements]
+    """Measurements for JSON, with tokens per second beside the seconds, and without what is not known."""
+    entries = [{**asdict(each), "tokens_per_second": each.tokens_per_second} for each in measurements]
+    return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 
 def write_measurements(measurements, path):

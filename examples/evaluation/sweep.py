@@ -3,8 +3,10 @@
     python -m dparallel.evaluation.sweep --task gsm8k --model user/repo --limit 200 \\
         --unmasking entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block_cache none dual
 
-Writes `results.json` (every point, as cards read it), `sweep.md` and `sweep.png`. After a kill it goes on where it
-was; a point that was decoded in two parts has no seconds.
+Writes `results.json` (every point, as cards read it), `sweep.md` and `sweep.png`, which `python -m
+dparallel.evaluation.plot` draws again from `results.json`. After a kill it goes on where it was; a point that was
+decoded in two parts has no seconds. Seconds include judging, but not the first batch of a policy and cache, which is
+decoded once more beforehand: on a GPU it also captures CUDA graphs.
 """
 
 import itertools
@@ -14,12 +16,12 @@ from pathlib import Path
 from accelerate import PartialState
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.modeling import POLICIES
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
-from .evaluation import check_decoding, evaluate_task, seconds_of, write_measurements
-from .metrics import accuracy_under_parallelism
+from .evaluation import check_decoding, evaluate_task, has_no_answers, seconds_of, write_measurements
+from .plot import aup, curves_of, plot, title_of, with_aup
 
 DEFAULT_GRID = {
     "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
@@ -68,13 +70,17 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **argumen
         arguments: of `evaluate_task`.
 
     Returns:
-        list of `Measurement`, with seconds where a point was decoded in one go.
+        list of `Measurement`, with seconds where a point was decoded in one go. Each policy and cache is warmed up
+        before the clock of its first point starts.
     """
     own = {name: value for name, value in arguments.items() if name in evaluate_task.__kwdefaults__}
-    points = []
+    points, warm = [], set()
     for name, decoding in decodings_of(model, grid, caches=caches, **arguments).items():
-        folder = Path(output_dir) / name
-        point = evaluate_task(task, model, tokenizer, folder, **own, **decoding)
+        folder, kind = Path(output_dir) / name, (decoding["unmasking"], decoding.get("block_cache"))
+        begins_anew = has_no_answers(folder)
+        point = evaluate_task(task, model, tokenizer, folder, **{"warm_up": kind not in warm, **own}, **decoding)
+        if begins_anew:
+            warm.add(kind)
         points.append(replace(point, seconds=seconds_of(folder)))
     return points
 
@@ -106,69 +112,16 @@ def folder_name(decoding, names) -> str:
     return "-".join(str(decoding[name]) for name in names)
 
 
-def curves(points) -> dict[str, list]:
-    """Points by policy and cache, the fastest first."""
-    found = {}
-    for point in points:
-        label = point.decoding["unmasking"].replace("_", " ")
-        cache = point.decoding.get("block_cache")
-        found.setdefault(label if cache in (None, "none") else f"{label}, {cache} cache", []).append(point)
-    return {label: sorted(line, key=lambda point: point.nfe) for label, line in found.items()}
-
-
-def aup(lines) -> dict[str, float]:
-    """AUP of each curve, by its name; the best accuracy is that of all points."""
-    best = 100 * max(point.accuracy for line in lines.values() for point in line)
-    return {
-        label: accuracy_under_parallelism([p.tpf for p in line], [100 * p.accuracy for p in line], best)
-        for label, line in lines.items()
-    }
-
-
-def to_table(points) -> str:
-    rows = ["| decoding | NFE | TPF | seconds | accuracy % (95% interval) |", "| --- " * 5 + "|"]
+def to_table(points: list[Measurement]) -> str:
+    """Markdown, a row for each point."""
+    rows = ["| decoding | NFE | TPF | seconds | tokens/s | accuracy % (95% interval) |", "| --- " * 6 + "|"]
     for point in points:
         taken = "" if point.seconds is None else f"{point.seconds:.1f}"
-        rows.append(f"| {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | {taken} | {point.accuracy_in_words} |")
-    return "\n".join(rows)
-
-
-def plot(lines, path, title, bar=None):
-    """A PNG: accuracy against NFE, and against seconds if all points have them; AUP in the legend.
-
-    Args:
-        lines (`dict[str, list[Measurement]]`): the points of each curve, by its name.
-        bar (`float`, *optional*): an accuracy that is marked.
-    """
-    from cycler import cycler
-    from matplotlib.figure import Figure
-
-    areas, points = aup(lines), [point for line in lines.values() for point in line]
-    shown = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
-    if any(point.seconds is None for point in points):
-        del shown["seconds"]
-    best = 100 * max(point.accuracy for point in points)
-    figure = Figure(figsize=(5.5 * len(shown), 5) if len(shown) > 1 else (8, 5.5), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (name, label) in zip(panels, shown.items(), strict=True):
-        axes.set_prop_cycle(
-            cycler(linestyle=["-", "--", ":"]) * cycler(color=["tab:blue", "tab:orange", "tab:green", "tab:red"])
+        speed = "" if point.tokens_per_second is None else f"{point.tokens_per_second:,.0f}"
+        rows.append(
+            f"| {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | {taken} | {speed} | {point.accuracy_in_words} |"
         )
-        for curve, line in lines.items():
-            values = [getattr(point, name) for point in line], [100 * point.accuracy for point in line]
-            axes.plot(*values, marker="o", markersize=4, label=f"{curve}, AUP {areas[curve]:.0f}")
-        if bar is not None:
-            axes.axhline(100 * bar, color="0.5", linewidth=0.8, linestyle=":")
-        axes.set(xlabel=label, ylabel="accuracy %", xscale="log")
-        axes.set_ylim(bottom=max(axes.get_ylim()[0], best - 40))  # what is further below would press the rest together
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="x", which="both", labelsize=8)
-        axes.grid(alpha=0.3)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=8, loc="outside lower center", ncols=2 * len(shown), frameon=False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=130)
+    return "\n".join(rows)
 
 
 def main():
@@ -191,15 +144,12 @@ def main():
         points = sweep(task, model, tokenizer, folder, grid, caches=arguments.block_cache, **data)
         if not PartialState().is_main_process:
             return
-        first = points[0]
-        where = f"{first.hardware}, {first.date}"
-        title = f"{Path(arguments.model).name}, {first.task}{first.shots}, {first.num_examples} examples, {where}"
-        lines = curves(points)
+        title, lines = title_of(points, Path(arguments.model).name), curves_of(points)
         areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(lines).items())
         report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"
         write_measurements(points, folder / RESULTS_FILE)
         (folder / "sweep.md").write_text(report)
-        plot(lines, folder / "sweep.png", title)
+        plot(with_aup(lines), folder / "sweep.png", title)
         print(report)
 
 

@@ -11,7 +11,9 @@ thresholds, the last student all 5,000 at the threshold that was chosen for it o
 What was computed is not computed again: after a kill, the same command goes on. A small model leaves a GPU idle while
 the next student is compiled, so after `--until trajectories` several processes may share the students, each with
 `--until curves` and its own `--variants` or `--seeds`, before the command without these makes the report. For a try on
-a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`.
+a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`. The picture alone is drawn again by
+
+    python examples/word_problems/distillation.py --redraw examples/word_problems/student
 """
 
 import itertools
@@ -31,14 +33,16 @@ from train import generated_dataset
 from transformers import AutoTokenizer
 
 from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
-from dparallel.evaluation.sweep import plot, sweep
-from dparallel.hub_cards.command_line import CommandParser
-from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, fastest, paired_difference
+from dparallel.evaluation.plot import POLICY_COLOURS, Curve, plot, shades, with_aup
+from dparallel.evaluation.sweep import sweep
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
+from dparallel.hub_cards.measurements import RESULTS_FILE, fastest, from_entries, paired_difference
 from dparallel.modeling import LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.resumable_shards import map_in_shards
 from dparallel.trainer.trajectories import model_digest
 
+RESULTS, PICTURE = "distillation.json", "accuracy_against_nfe.png"
 TEACHER = Path(__file__).parent / "checkpoint"
 PROMPT_SEED = 7  # of the first round's problems
 ALLOWED_LOSS = 0.01  # of accuracy, against one token a step
@@ -197,9 +201,9 @@ def spread(results):
 
 def report(results, folder):
     """Tables as Markdown, and the plot, from what is in `distillation.json`."""
-    teacher = [Measurement(**entry) for entry in results["teacher"]]
+    teacher = from_entries(results["teacher"], RESULTS)
     students = [
-        {**student, "rounds": [[Measurement(**entry) for entry in points] for points in student["rounds"]]}
+        {**student, "rounds": [from_entries(points, RESULTS) for points in student["rounds"]]}
         for student in results["students"]
     ]
     target = teacher[0].accuracy - ALLOWED_LOSS  # the first is one token a step
@@ -230,8 +234,8 @@ def report(results, folder):
         "| | decoding | NFE | TPF | TPF with padding | accuracy % | student - teacher |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for entry, difference in zip(results["chosen"], results["differences"], strict=True):
-        point = Measurement(**entry)
+    chosen = from_entries(results["chosen"], RESULTS)
+    for point, difference in zip(chosen, results["differences"], strict=True):
         padded = "" if point.decoding["stop_at_eos"] else f"{ANSWER_LENGTH / point.nfe:.1f}"
         lines.append(
             f"| {point.model or 'student'} | {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | "
@@ -239,15 +243,27 @@ def report(results, folder):
         )
     (folder / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
-    shown = {}
-    for variant in reversed(WITH_ROUNDS):
-        rounds = next(student["rounds"] for student in students if student["variant"] == variant)
-        for number, points in enumerate(rounds, start=1):
-            shown[f"student, {variant}, round {number}"] = of_policy(points, "entropy_threshold")
-    shown |= {f"teacher, {policy.replace('_', ' ')}": of_policy(teacher, policy) for policy in TEACHER_GRID}
-    title = f"Word problems, {teacher[0].num_examples} problems, no stop at end-of-text; students at entropy threshold"
-    untimed = {name: [replace(point, seconds=None) for point in points] for name, points in shown.items()}
-    plot(untimed, folder / "accuracy_against_nfe.png", title, bar=target)  # several processes may share a GPU
+    draw(results, folder)
+
+
+def draw(results, folder):
+    """`accuracy_against_nfe.png`, from what is in `distillation.json`: students at the entropy threshold, the darker
+    the later their round, and the teacher in grey."""
+    teacher = from_entries(results["teacher"], RESULTS)
+    curves, number_of_rounds = [], max(len(student["rounds"]) for student in results["students"])
+    colours = shades(POLICY_COLOURS["entropy_threshold"], number_of_rounds)
+    for variant, line in zip(reversed(WITH_ROUNDS), ("-", "--"), strict=True):
+        rounds = next(student["rounds"] for student in results["students"] if student["variant"] == variant)
+        for number, (entries, colour) in enumerate(zip(rounds, colours, strict=False), start=1):
+            points = of_policy(from_entries(entries, RESULTS), "entropy_threshold")
+            name = f"round {number}" if variant == WHOLE_METHOD else f"{variant}, round {number}"
+            curves.append(Curve(name, points, colour, line))
+    for policy, line in zip(TEACHER_GRID, ("-.", "--", "-", ":"), strict=True):
+        curves.append(Curve(f"teacher, {policy.replace('_', ' ')}", of_policy(teacher, policy), "0.45", line))
+    title = f"{teacher[0].num_examples} word problems, no stop at end-of-text; students (blue) at entropy threshold"
+    # Without seconds: several processes may have shared the GPU.
+    curves = [curve._replace(points=[replace(point, seconds=None) for point in curve.points]) for curve in curves]
+    plot(with_aup(curves), folder / PICTURE, title, bar=teacher[0].accuracy - ALLOWED_LOSS)
 
 
 def main():
@@ -265,7 +281,12 @@ def main():
     parser.add_argument("--until", default="report", choices=stages, help="stop after this stage")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
     parser.add_argument("--num_proc", type=int, help="processes for generating and tokenizing problems")
+    parser.add_argument("--redraw", type=Path, help=f"a folder with {RESULTS}: draw {PICTURE} there, and nothing else")
     arguments = parser.parse_args()
+    if arguments.redraw is not None:
+        with plain_errors(OSError, ValueError):
+            draw(json.loads((arguments.redraw / RESULTS).read_text(encoding="utf-8")), arguments.redraw)
+        return print(f"In {arguments.redraw}: {PICTURE}.")
     if arguments.until == "report" and not (
         FIRST_SEED in arguments.seeds and set(WITH_ROUNDS) <= set(arguments.variants)
     ):
@@ -337,7 +358,7 @@ def main():
         "chosen": to_entries(chosen),
         "differences": differences,  # of their accuracy: student - teacher
     }
-    (folder / "distillation.json").write_text(json.dumps(results, indent=1) + "\n")
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     write_measurements(chosen, folder / "student" / RESULTS_FILE)
     report(results, folder)
 

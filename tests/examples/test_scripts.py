@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -88,7 +89,7 @@ COMMANDS = [
         for path in sorted(EXAMPLES.rglob("*.py"))
         if "__main__" in path.read_text() and path.parent.name != "evaluation"
     ),
-    *(f"dparallel.evaluation.{name}" for name in ("sweep", "calibrate")),
+    *(f"dparallel.evaluation.{name}" for name in ("sweep", "calibrate", "plot")),
     *(f"dparallel.hub_cards.{name}" for name in ("push_model", "push_dataset")),
 ]
 
@@ -268,6 +269,15 @@ def test_accelerate_configs_are_understood(config):
     loaded = load_config_from_file(str(config))
     kinds = {"single_gpu": "NO", "ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
     assert loaded.distributed_type == kinds[config.stem] and loaded.mixed_precision == "bf16"
+
+
+def test_the_picture_of_the_proof_is_drawn_again(tmp_path):
+    shutil.copy(STUDENT / "distillation.json", tmp_path)
+    result = call("word_problems/distillation.py", "--redraw", tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["accuracy_against_nfe.png", "distillation.json"]
+    result = call("word_problems/distillation.py", "--redraw", tmp_path / "none")
+    assert result.returncode == 1 and "No such file" in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.slow

@@ -6,10 +6,12 @@ import select
 import shutil
 import subprocess
 import time
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from dparallel.modeling import DiffusionGenerationOutput
@@ -122,6 +124,36 @@ def test_picture(tmp_path, word_tokenizer):
         assert picture.getpixel((0, 0)) == (255, 255, 255) and len(picture.getcolors(1 << 20)) > 50
         sizes.append(picture.size)
     assert sizes[0][0] == sizes[1][0] == 1800 and sizes[0][1] < sizes[1][1]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["26 beads.", "We take 40 and get 60 - 40 = 20. " * 6, "$5 _{ and $6^ \\frac", "a\n\n\tb", "x" * 300, ""],
+    ids=["short", "lines", "formula", "whitespace", "long word", "empty"],
+)
+@pytest.mark.parametrize("block_length", [4, 32])
+def test_tokens_are_in_the_cells(text, block_length, tmp_path, word_tokenizer, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    count = len(word_tokenizer(text).input_ids) + 1
+    output = make_output(word_tokenizer, text, range(count), padding=3)
+    got = trace(output, 1, word_tokenizer, 2, block_length=block_length)
+    to_picture([got], tmp_path / "picture.png")
+    (axes,) = figures[0].axes
+    figures[0].draw_without_rendering()
+    cells = [patch.get_bbox() for patch in axes.patches]
+    texts = axes.texts[2 : 2 + count]  # behind those of the heading
+    assert [text.get_text() for text in texts] == [
+        token["text"].strip() + token["mark"] for token in got["tokens"][:-3]
+    ]
+    assert len(cells) == count and len(axes.collections) == (count - 1) // block_length, "a line before each block"
+    for text, cell in zip(texts, cells, strict=True):
+        extent = text.get_window_extent().transformed(axes.transData.inverted())
+        assert cell.x0 < extent.x0 and extent.x1 < cell.x1 and 0 <= cell.x0 and cell.x1 <= 9, "within its cell"
+    for one, other in pairwise(cells):  # from left to right and from line to line
+        assert (one.x1 < other.x0 and one.y0 == other.y0) or (
+            other.x0 < one.x0 + 1e-6 and other.y0 > max(one.y0, one.y1)
+        )
 
 
 def test_the_script_makes_page_and_picture(tmp_path):

@@ -5,12 +5,19 @@ import random
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from dparallel.evaluation import calibrate as calibration
+from dparallel.evaluation import evaluation
+from dparallel.evaluation import plot as plotting
 from dparallel.evaluation import sweep as sweeping
 from dparallel.evaluation.command_line import find_task
+from dparallel.evaluation.sweep import to_table
 from dparallel.hub_cards.measurements import (
     Difference,
     Measurement,
@@ -18,6 +25,8 @@ from dparallel.hub_cards.measurements import (
     load_measurements,
     paired_difference,
 )
+from dparallel.modeling import POLICIES
+from dparallel.trainer.trajectories import decode_prompts
 from tests.golden import CHECKPOINT, STUDENT
 from tests.scripts import call
 
@@ -53,11 +62,57 @@ def test_a_sweep(tmp_path, monkeypatch):
         for value in values
     ]  # fmt: skip
     assert all(point.seconds > 0 for point in points) and points[0].nfe > points[1].nfe
+    assert all(point.tokens_per_second > 0 for point in points)
     assert (tmp_path / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     report = (tmp_path / "sweep.md").read_text()
     assert report.strip() in result.stdout and "- AUP of entropy threshold, dual cache: " in report
     monkeypatch.setattr("dparallel.trainer.trajectories.decode_prompts", None)
     assert call("dparallel.evaluation.sweep", *flags).stdout == result.stdout, "nothing is decoded again"
+
+
+def test_a_sweep_is_warm_before_the_clock_runs(word_model, word_tokenizer, tmp_path, monkeypatch):
+    """Once for each policy and cache, or where a killed sweep goes on; and the answers are those of a cold one."""
+    events = []
+
+    def decode(model, tokenizer, prompts, **settings):
+        events.append((len(prompts), settings["unmasking"], settings["block_cache"]))
+        return decode_prompts(model, tokenizer, prompts, **settings)
+
+    def sweep(grid):
+        events.clear()
+        folder = tmp_path / "warm"
+        sweeping.sweep(task, word_model, word_tokenizer, folder, grid, caches=caches, **arguments)
+        return events
+
+    task, caches = find_task(TASK), ["none", "dual"]
+    arguments = {"limit": 3, "batch_size": 2, "max_new_tokens": 32}
+    monkeypatch.setattr(evaluation, "decode_prompts", decode)  # what is timed calls it by another module's name
+    monkeypatch.setattr(evaluation, "time", SimpleNamespace(perf_counter=lambda: events.append("clock") or 1.0))
+    once = [(2, "entropy_threshold", "none"), "clock", "clock"], [(2, "entropy_threshold", "dual"), "clock", "clock"]
+    assert sweep({"entropy_threshold": [30.0]}) == [*once[0], *once[1]]
+    later = [event for each in once for event in ["clock", *each]]
+    assert sweep({"entropy_threshold": [30.0, 40.0]}) == later, "the first that has no answers yet"
+    decoding = {"max_new_tokens": 32, "unmasking": "entropy_threshold", "threshold": 40.0, "block_cache": "dual"}
+    cold = tmp_path / "cold"
+    evaluation.evaluate_task(task, word_model, word_tokenizer, cold, limit=3, batch_size=2, **decoding)
+    assert events[-2:] == ["clock", "clock"] and len(events) == len(later) + 2
+    for name in (evaluation.SAMPLES_FILE, evaluation.RESULTS_FILE):
+        assert (cold / name).read_bytes() == (tmp_path / "warm" / "entropy_threshold-40.0-dual" / name).read_bytes()
+
+
+def test_tokens_per_second(tmp_path):
+    """In the table and in JSON, where the seconds are known; files without them are still read."""
+    point, untimed = replace(POINT, num_examples=1000), replace(POINT, seconds=None)
+    assert point.tokens_per_second == 3 * 20 * 1000 / 2 and untimed.tokens_per_second is None
+    lines = to_table([point, untimed]).splitlines()
+    assert " | 20.0 | 3.00 | 2.0 | 30,000 | " in lines[2] and " | 20.0 | 3.00 |  |  | " in lines[3]
+    path = tmp_path / "results.json"
+    evaluation.write_measurements([point, untimed], path)
+    entries = json.loads(path.read_text())["measurements"]
+    assert [entry.get("tokens_per_second") for entry in entries] == [30000, None]
+    assert load_measurements(path) == [point, untimed]
+    path.write_text(json.dumps({"measurements": [{k: v for k, v in entries[0].items() if k != "tokens_per_second"}]}))
+    assert load_measurements(path) == [point]
 
 
 def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
@@ -124,15 +179,95 @@ def test_points_become_curves_and_areas():
     points = [
         POINT, replace(POINT, nfe=10.0, tpf=6.0, accuracy=0.88), replace(POINT, decoding=cached, accuracy=0.8),
     ]  # fmt: skip
-    curves = sweeping.curves(points)
-    assert {name: [point.nfe for point in line] for name, line in curves.items()} == {
+    curves = plotting.curves_of(points)
+    assert {curve.label: [point.nfe for point in curve.points] for curve in curves} == {
         "entropy threshold": [10.0, 20.0], "entropy threshold, dual cache": [20.0],
     }  # fmt: skip
-    areas = sweeping.aup(curves)
+    assert curves[0].colour == curves[1].colour and curves[0].line != curves[1].line
+    areas = plotting.aup(curves)
     weighted = 88 * 2.718281828459045 ** (-3 * (1 - 88 / 90))
     assert areas["entropy threshold"] == pytest.approx(3 * 90 + (6 - 3) * (90 + weighted) / 2)
     assert areas["entropy threshold, dual cache"] == pytest.approx(3 * 80)
     assert fastest(points, 0.85).nfe == 10 and fastest(points, 0.95) is None
+
+
+def test_each_policy_has_a_colour_of_its_own():
+    assert set(plotting.POLICY_COLOURS) == set(POLICIES) and len(set(plotting.POLICY_COLOURS.values())) == len(
+        POLICIES
+    )
+    own = replace(POINT, decoding={"unmasking": "mine", "threshold": 1.0}, model="teacher")
+    shipped = replace(POINT, decoding={}, resolved_decoding={"unmasking": "entropy_bound", "block_cache": "prefix"})
+    curves = plotting.curves_of([own, shipped, replace(POINT, decoding={})])
+    assert [(curve.label, curve.colour) for curve in curves] == [
+        ("teacher, mine", "black"), ("entropy bound, prefix cache", "tab:green"), ("as shipped", "black"),
+    ]  # fmt: skip
+
+
+def crowd(count, seed=0):
+    """Curves that lie upon each other."""
+    draw = random.Random(seed)
+    grid = [(policy, cache) for policy in POLICIES for cache in ("none", "dual")][:count]
+    return [
+        replace(
+            POINT, decoding={"unmasking": policy, "threshold": number, "block_cache": cache}, num_examples=500,
+            nfe=10 + 10 * (1 - number) + draw.random(), accuracy=0.93 - number / 10 + draw.random() / 100,
+        )
+        for policy, cache in grid for number in (0.1, 0.3, 0.5)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        [POINT],
+        [replace(POINT, accuracy=0.0), replace(POINT, accuracy=1.0, nfe=300.0, seconds=None)],
+        [replace(POINT, accuracy=0.99), *(replace(POINT, decoding={"unmasking": "margin"}, accuracy=0.01),) * 2],
+        crowd(3),
+        crowd(6),
+    ],
+    ids=["one point", "far apart", "one curve far below", "crowd", "larger crowd"],
+)
+def test_labels_of_a_picture(points, tmp_path, monkeypatch):
+    """The name of each curve and the number of each point in sight, none upon another; ticks; intervals."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: figures.append(figure))
+    curves = plotting.with_aup(plotting.curves_of(points))
+    plotting.plot(curves, tmp_path / "picture.png", "title", bar=0.9)
+    figures[0].draw_without_rendering()
+    panels = figures[0].axes
+    assert len(panels) == (1 if any(point.seconds is None for point in points) else 2) and not figures[0].legends
+    for axes in panels:
+        texts = list(axes.texts)
+        names = [curve.label for curve in curves]
+        assert [text.get_text() for text in texts[: len(names)]] == names and axes.get_legend() is None
+        low, high = axes.get_ylim()
+        seen = [point for point in points if low <= 100 * point.accuracy <= high]
+        numbers = sorted(f"{point.decoding['threshold']:g}" for point in seen if "threshold" in point.decoding)
+        assert sorted(text.get_text() for text in texts[len(names) :]) == numbers
+        assert all(any(point in seen for point in curve.points) for curve in curves), "something of each curve"
+        boxes = [Text.get_window_extent(text) for text in texts]
+        for i, box in enumerate(boxes):
+            assert all(axes.bbox.padded(1).contains(*corner) for corner in (box.min, box.max))
+            assert not any(box.padded(-0.5).overlaps(other.padded(-0.5)) for other in boxes[:i])
+        ticks = {
+            label.get_fontsize() for axis in (axes.xaxis, axes.yaxis) for label in axis.get_ticklabels(which="both")
+        }
+        assert len(ticks) == 1
+        heights = [path[:, 1] for lines in axes.collections for path in lines.get_segments()]
+        ends = [[100 * end for end in point.interval] for curve in curves for point in curve.points]
+        assert np.allclose(ends, heights)
+
+
+def test_a_picture_is_drawn_again(tmp_path):
+    for name in ("sweep.json", "results.json"):
+        shutil.copy(STUDENT / name, tmp_path)
+        result = call("dparallel.evaluation.plot", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name).with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "empty.json").write_text('{"measurements": []}')
+    for name, message in (("empty.json", "it holds no measurement"), ("none.json", "there is no such file")):
+        result = call("dparallel.evaluation.plot", tmp_path / name)
+        assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
 
 
 def test_settings_of_all_points(word_model):

@@ -1,13 +1,13 @@
 """Certainty-forcing distillation: prompts, or trajectories, in; a merged model out.
 
-    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/distill.py \\
-        --config examples/recipes/llada_8b.yaml --output_dir runs/llada
-
 A dataset that has answers (`completion`, `messages`, or the columns of `generate_trajectories.py`) is learned as it
 is. One with prompts alone is answered by the model first, into OUTPUT_DIR/trajectories, which `push_dataset` takes.
 Answers that were judged wrong are left out. Started again after a kill, it goes on from the last checkpoint, if
 nothing that decides the training was changed. OUTPUT_DIR/merged is the plain model, with remote code, tokenizer, and
 the policy and threshold that it was distilled for.
+
+    accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/distill.py \\
+        --config examples/recipes/llada_8b.yaml --output_dir runs/llada
 """
 
 import json
@@ -41,13 +41,15 @@ class DistillArguments(PromptArguments):
         default=None,
         metadata={
             "help": "Arguments of `generate()` for the teacher's answers to prompts, a mapping in a recipe or JSON: "
-            'for example {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 256}. By default one '
-            "token a pass, and 256 tokens."
+            'for example {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 256} (default: one '
+            "token a pass, and 256 tokens)."
         },
     )
-    teacher_batch_size: int = field(default=16, metadata={"help": "Prompts that a process answers at a time."})
+    teacher_batch_size: int = field(
+        default=16, metadata={"help": "Number of prompts that each process answers at a time."}
+    )
     eval_size: int = field(
-        default=0, metadata={"help": "Examples with right answers that are held out for evaluation."}
+        default=0, metadata={"help": "Number of examples with right answers that are held out for evaluation."}
     )
 
     def __post_init__(self):
@@ -86,7 +88,9 @@ def right_answers(arguments, rows):
 
 
 def main():
-    arguments, config, model_arguments = parse_arguments(DistillArguments, CertaintyForcingConfig, ModelConfig)
+    arguments, config, model_arguments = parse_arguments(
+        __doc__, DistillArguments, CertaintyForcingConfig, ModelConfig
+    )
     PartialState(cpu=not torch.cuda.is_available())
     with plain_errors(ValueError, OSError):
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
@@ -134,6 +138,11 @@ def main():
         whole = {k: v for k, v in config.model_init_kwargs.items() if k not in ("quantization_config", "device_map")}
         merge_adapter(config.output_dir, merged, trainer.processing_class, model_init_kwargs=whole)
     trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        print(
+            f"In {merged}: the distilled model. Next, to evaluate it: accelerate launch "
+            f"examples/gsm8k/evaluate_gsm8k.py --model {merged}"
+        )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Let a teacher answer prompts, and keep the order in which it wrote its answers.
 
+After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_trajectories/dataset")` has the result.
+
     accelerate launch examples/generate_trajectories.py --model_name_or_path GSAI-ML/LLaDA-8B-Instruct \\
         --dtype bfloat16 --dataset_name openai/gsm8k --dataset_config main --prompt_column question \\
         --trajectories_dir runs/gsm8k_trajectories --judge examples/judges.py:final_number
-
-After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_trajectories/dataset")` has the result.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from trl import ModelConfig, TrlParser, get_quantization_config
 from yaml import YAMLError
 
 from dparallel.evaluation.command_line import load_from_file
-from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.command_line import help_of, plain_errors
 from dparallel.hub_cards.hub_ids import is_hub_id
 from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
@@ -29,16 +29,36 @@ from dparallel.trainer import generate_trajectories
 class PromptArguments:
     """Where prompts come from, and where the answers to them go."""
 
-    dataset_name: str = field(metadata={"help": "Hub id, a folder of save_to_disk(), or a .json, .jsonl or .parquet."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset of the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of the dataset; slices like `train[:1000]`."})
-    prompt_column: str = field(default="prompt", metadata={"help": "Column with the prompts, text or messages."})
-    as_chat: bool = field(default=True, metadata={"help": "Make a user's message of each prompt that is text."})
-    trajectories_dir: str | None = field(default=None, metadata={"help": "Where the trajectories go."})
-    judge: str | None = field(
-        default=None, metadata={"help": "file.py:function that takes a row and says whether its `response` is right."}
+    dataset_name: str = field(
+        metadata={"help": "Hub id, folder of save_to_disk(), or .json, .jsonl or .parquet file of a dataset."}
     )
-    shard_size: int = field(default=64, metadata={"help": "Prompts that are saved at a time."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset of the Hub (default: its only one)."}
+    )
+    dataset_split: str = field(
+        default="train", metadata={"help": "Split of the dataset, or a slice like `train[:1000]`."}
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Column with the prompts, which are text or messages."}
+    )
+    as_chat: bool = field(
+        default=True, metadata={"help": "Make a user's message of each prompt that is text, for the chat template."}
+    )
+    trajectories_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder that the trajectories are saved in; generate_trajectories.py must be told (default: for "
+            "distill.py, the folder `trajectories` in its `output_dir`)."
+        },
+    )
+    judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "file.py:function that takes a row and says whether its `response` is right (default: answers "
+            "are not judged)."
+        },
+    )
+    shard_size: int = field(default=64, metadata={"help": "Number of prompts whose answers are saved together."})
 
 
 @dataclass
@@ -47,19 +67,23 @@ class TrajectoryArguments(PromptArguments):
 
     unmasking: str = field(
         default="confidence",
-        metadata={"help": "The teacher's policy; 'confidence' writes one token a pass.", "choices": sorted(POLICIES)},
+        metadata={
+            "help": "Policy that the teacher decodes with; 'confidence' writes one token a pass.",
+            "choices": sorted(POLICIES),
+        },
     )
     threshold: float | None = field(
-        default=None, metadata={"help": "Threshold of that policy, if it has one; by default the policy's own."}
+        default=None, metadata={"help": "Threshold of that policy, if it has one (default: the policy's own)."}
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers in tokens."})
-    batch_size: int = field(default=16, metadata={"help": "Prompts that a process decodes at a time."})
+    batch_size: int = field(default=16, metadata={"help": "Number of prompts that each process decodes at a time."})
 
 
-def parse_arguments(*kinds):
-    """One instance of each of these dataclasses, from flags and from the file that `--config` names."""
+def parse_arguments(documentation, *kinds):
+    """One instance of each of these dataclasses, from flags and from the file that `--config` names; `--help` shows
+    the docstring of the command's module, too."""
     with plain_errors(ValueError, OSError, YAMLError):
-        return TrlParser(kinds).parse_args_and_config()
+        return TrlParser(kinds, **help_of(documentation)).parse_args_and_config()
 
 
 def load_rows(arguments):
@@ -137,7 +161,7 @@ def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size,
 
 
 def main():
-    arguments, model_arguments = parse_arguments(TrajectoryArguments, ModelConfig)
+    arguments, model_arguments = parse_arguments(__doc__, TrajectoryArguments, ModelConfig)
     # Processes wait for the one that decodes longest.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     with plain_errors(ValueError, OSError):
@@ -152,6 +176,12 @@ def main():
         passes, judged = dataset["num_forward_passes"][:], [row for row in dataset["correct"][:] if row is not None]
         right = f", {sum(judged)} of {len(judged)} right" if judged else ""
         print(f"{len(dataset)} trajectories of {sum(passes) / len(passes):.1f} passes each{right}.")
+        folder = Path(arguments.trajectories_dir) / "dataset"
+        print(
+            f"In {folder}: the dataset. Next, to train a student with it: accelerate launch examples/distill.py "
+            f"--model_name_or_path {model_arguments.model_name_or_path} --dataset_name {folder} "
+            "--output_dir runs/distilled"
+        )
 
 
 if __name__ == "__main__":

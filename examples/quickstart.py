@@ -1,8 +1,12 @@
 """Solve word problems with a diffusion language model and with its distilled student: one live, then a table.
 
-python examples/quickstart.py                        # the two models of this repository: two minutes on a CPU
-python examples/quickstart.py --problems 5000        # all held-out problems: use a GPU
-python examples/quickstart.py --model user/repo      # any model of the Hub, or a folder
+Without `--model` these are the two example models of this repository, a teacher and the student that was distilled
+from it: `checkpoint` and `student` in `examples/word_problems`. They take two minutes on a CPU. All 5,000 held-out
+problems are for a GPU.
+
+    python examples/quickstart.py
+    python examples/quickstart.py --problems 5000
+    python examples/quickstart.py --model user/repo
 """
 
 import os
@@ -28,8 +32,8 @@ from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.modeling import POLICIES  # registers the models too: official repositories' own code is older
 
-BOX = Path(__file__).parent / "word_problems"
-MODELS = {"teacher": BOX / "checkpoint", "student": BOX / "student"}
+FOLDER = Path(__file__).parent / "word_problems"
+MODELS = {"teacher": FOLDER / "checkpoint", "student": FOLDER / "student"}
 DECODINGS = [
     {"unmasking": "confidence", "steps": ANSWER_LENGTH},
     {"unmasking": "confidence", "steps": ANSWER_LENGTH // 4},
@@ -115,19 +119,28 @@ def table_row(model_name, result):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--model", help="Hub id or folder; default: teacher and student in the box")
+    parser.add_argument("--model", help="Hub id or folder of a model (default: the two example models)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of that model")
-    parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, at most 5000")
-    parser.add_argument("--batch_size", type=int, help="default: 4 on a CPU, 256 on a GPU")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", help="float32, bfloat16 or auto")
+    parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, from 1 to 5000")
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        help="number of problems that are solved at a time (default: 4 on a CPU, 256 on a GPU)",
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, or a device's name such as cuda:1")
+    parser.add_argument(
+        "--dtype", default="float32", help="data type of the weights: float32, bfloat16, or auto for that of the file"
+    )
     arguments = parser.parse_args()
     if not 1 <= arguments.problems <= NUM_TEST_PROBLEMS:
         parser.error(f"--problems {arguments.problems}: it must be from 1 to {NUM_TEST_PROBLEMS}")
 
     batch_size = arguments.batch_size or (4 if arguments.device == "cpu" else 256)
     paths = {"model": arguments.model} if arguments.model else MODELS
-    trusted = {"trust_remote_code": arguments.trust_remote_code or not arguments.model}  # the box has our own
+    trusted = {
+        "trust_remote_code": arguments.trust_remote_code or not arguments.model
+    }  # the example models have our own
     with plain_errors(ValueError, OSError):
         for path in paths.values():
             check_folder_or_hub_id("model", path)
@@ -160,6 +173,7 @@ def main():
     print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
     if arguments.problems < NUM_TEST_PROBLEMS:
         print(f"{arguments.problems} problems leave wide intervals; `--problems {NUM_TEST_PROBLEMS}` narrows them.")
+    print("Next, for a page that plays an answer pass by pass: python examples/visualize.py")
 
 
 if __name__ == "__main__":

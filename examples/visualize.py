@@ -1,10 +1,11 @@
 """Show how answers come about: a page that plays the decoding pass by pass, and a picture for a README.
 
-    python examples/visualize.py    # the two models of this repository: one token a pass, by a threshold, distilled
+Without `--model` the two example models of this repository decode: the teacher one token a pass and by a threshold,
+and its distilled student. The picture needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
+
+    python examples/visualize.py
     python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \\
         --decoding unmasking=confidence_threshold,threshold=0.9 --decoding '{"unmasking": "margin", "steps": 64}'
-
-The picture needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
 """
 
 import argparse
@@ -253,18 +254,27 @@ def decode(model, tokenizer, prompt, decoding):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--model", action="append", help="Hub id or folder, any number of times; default: the box")
+    parser.add_argument(
+        "--model",
+        action="append",
+        help="Hub id or folder of a model; may be given several times (default: the two example models)",
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of these models")
     parser.add_argument(
         "--decoding", action="append", type=parse_decoding, metavar="SETTINGS",
-        help="JSON or unmasking=...,threshold=..., any number of times; default: the model's own",
+        help="arguments of generate(), as JSON or as unmasking=...,threshold=...; may be given several times "
+        "(default: the model's own)",
     )  # fmt: skip
-    parser.add_argument("--prompt", help="default: a held-out word problem")
-    parser.add_argument("--max_new_tokens", type=int, help="default: the model's own")
-    parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="the page")
-    parser.add_argument("--picture", type=Path, help="the picture (with matplotlib); default: beside the page")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["auto", "bfloat16", "float16", "float32"])
+    parser.add_argument("--prompt", help="question that the models answer (default: a held-out word problem)")
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of an answer at most (default: the model's own)")
+    parser.add_argument("--output", type=Path, default=Path("decoding.html"), help="file of the page")
+    parser.add_argument(
+        "--picture", type=Path, help="file of the picture, if matplotlib is installed (default: beside the page)"
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=device, help="cpu, cuda, or a device's name such as cuda:1")
+    dtypes = ["auto", "bfloat16", "float16", "float32"]
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="data type of the weights")
     arguments = parser.parse_args()
     arguments.picture = arguments.picture or arguments.output.with_suffix(".png")
     if arguments.picture == arguments.output:
@@ -283,7 +293,9 @@ def main():
             parser.error(f"--{name} {path}: there is no folder {path.parent}")
 
     models = {path: path for path in arguments.model} if arguments.model else MODELS
-    trusted = {"trust_remote_code": arguments.trust_remote_code or not arguments.model}  # the box has our own
+    trusted = {
+        "trust_remote_code": arguments.trust_remote_code or not arguments.model
+    }  # the example models have our own
     decodings = dict.fromkeys(models, arguments.decoding or [{}])
     if not arguments.model and not arguments.decoding:
         decodings = DECODINGS
@@ -309,10 +321,13 @@ def main():
             print(f"{name}, {column['decoding']}: {column['length']} tokens in {column['passes']} forward passes")
     arguments.output.write_text(to_html(traces, arguments.prompt), encoding="utf-8")
     if importlib.util.find_spec("matplotlib") is None:
-        print(f"see {arguments.output}; there is no picture, as matplotlib is not installed")
+        print("There is no picture, as matplotlib is not installed.")
+        print(f"In {arguments.output}: the page. Next: open it in a browser.")
         return
     to_picture(traces, arguments.picture)
-    print(f"see {arguments.output} and {arguments.picture}")
+    print(
+        f"In {arguments.output} and {arguments.picture}: the page and the picture. Next: open the page in a browser."
+    )
 
 
 if __name__ == "__main__":

@@ -9,20 +9,32 @@ import sys
 from contextlib import contextmanager
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Texts as they are written, and the default of each option that takes a value, unless its own text says it."""
+
+    def _get_help_string(self, action):
+        says_it = action.nargs == 0 or action.required or not action.option_strings or "(default: " in action.help
+        return action.help if says_it else super()._get_help_string(action)
+
+
+def help_of(documentation: str) -> dict:
+    """What an `ArgumentParser` (or a `HfArgumentParser`, a `TrlParser`) takes for a `--help` that shows a module's
+    docstring: its first paragraph before the options, and the rest, which ends in examples, behind them."""
+    description, _, rest = documentation.strip().partition("\n\n")
+    return {"description": description, "epilog": rest, "formatter_class": HelpFormatter}
+
+
 class CommandParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose flags are declared with underscores, and are accepted with dashes as well, as those of
     transformers' `HfArgumentParser` are: `--max_new_tokens 64` or `--max-new-tokens 64`.
 
     Args:
-        documentation (`str`): the docstring of the command's module. The first paragraph says what the command does;
-            the rest, with its examples, stands at the end of `--help`.
+        documentation (`str`): the docstring of the command's module, see `help_of`.
         settings: of `ArgumentParser`.
     """
 
     def __init__(self, documentation: str, **settings):
-        description, _, rest = documentation.strip().partition("\n\n")
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, epilog=rest, formatter_class=formatter, **settings)
+        super().__init__(**help_of(documentation), **settings)
 
     def parse_known_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args

@@ -95,7 +95,11 @@ class Measurement:
         ]
         if self.decoding:
             return ", ".join(words)
-        return f"as shipped: {', '.join(words)}" if words else "as shipped (which was not recorded)"
+        return (
+            f"as saved with the model: {', '.join(words)}"
+            if words
+            else "as saved with the model, which was not recorded"
+        )
 
 
 def wilson_interval(share, count) -> tuple[float, float]:

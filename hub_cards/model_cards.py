@@ -205,7 +205,7 @@ def _is_placed(folder):
 
 
 def _filter_of(folder):
-    """What the card says of a filter that is shipped with the model; None without one."""
+    """What the card says of a filter that lies beside the model; None without one."""
     if not (folder / "unmasking_filter").is_dir():
         return None
     generation = _read(folder / "generation_config.json")

@@ -5,16 +5,24 @@ from .command_line import plain_errors
 
 def add_push_arguments(parser):
     """The flags of all of them."""
-    parser.add_argument("--private", action="store_true")
-    parser.add_argument("--revision", help="branch")
+    parser.add_argument("--private", action="store_true", help="make the repository private, if it is created")
+    parser.add_argument("--revision", help="branch to commit to (default: main)")
     parser.add_argument("--create_pr", action="store_true", help="propose the commit instead of making it")
-    parser.add_argument("--commit_message")
-    parser.add_argument("--dry_run", metavar="FOLDER", help="write everything there, list it, and push nothing")
+    parser.add_argument("--commit_message", help="first line of the commit (default: it says what is pushed)")
+    parser.add_argument(
+        "--dry_run",
+        metavar="FOLDER",
+        help="empty folder where everything is written to be looked at, instead of being pushed (default: push)",
+    )
 
 
 def run_push(push, arguments):
     """Call it with parsed arguments, and say what came of it."""
     with plain_errors(ValueError, PermissionError, RuntimeError):
         commit = push(**arguments)
-    if commit is not None:
-        print(commit.pr_url or commit.commit_url)
+    if commit is None:
+        print("Next: look at README.md there, and then run the same command without --dry_run.")
+    elif commit.pr_url:
+        print(f"Proposed as {commit.pr_url}. Next: look at it, and merge it there.")
+    else:
+        print(f"Pushed as {commit.commit_url}. Next: try what the card shows, from another machine.")

@@ -64,7 +64,7 @@ def prompt():
 
 @pytest.fixture(scope="session")
 def word_model():
-    """The model in the box."""
+    """The example model of word problems, the teacher."""
     from dparallel.modeling import LLaDAModelLM
 
     return LLaDAModelLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
@@ -79,7 +79,7 @@ def word_tokenizer():
 
 @pytest.fixture(scope="session")
 def reader(family, word_model, word_tokenizer):
-    """A model of the family that says words of the word tokenizer: the one in the box, or one of random weights."""
+    """A model of the family that says words of the word tokenizer: the example model, or one of random weights."""
     if type(word_model) is family.model:
         return word_model
     model = family.small(hidden_size=64).eval()

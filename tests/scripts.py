@@ -1,8 +1,11 @@
 """The scripts of `examples/`: as modules, called where everything is imported already, and run as a user runs them."""
 
+import argparse
+import functools
 import importlib.util
 import os
 import runpy
+import shlex
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -12,8 +15,10 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+HARNESS = "dparallel.evaluation.harness"
 
 
 class Result(NamedTuple):
@@ -57,6 +62,69 @@ def call(name, *arguments, cwd=None, **environment) -> Result:
             if isinstance(end.code, str):
                 print(end.code, file=err)
     return Result(status, out.getvalue(), err.getvalue())
+
+
+@functools.cache
+def parser_of(name, *arguments) -> argparse.ArgumentParser:
+    """The parser that prints the `--help` of a script or module, or of one of its subcommands."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "print_help", lambda parser, file=None: found.append(parser))
+        if name == HARNESS:  # as __main__ it would register its model a second time
+            patch.setattr(sys, "argv", [name, *arguments, "--help"])
+            with pytest.raises(SystemExit):
+                importlib.import_module(name).main()
+        else:
+            assert call(name, *arguments, "--help").returncode == 0
+    return found[0]
+
+
+def split_command(line) -> tuple[str, list[str]] | None:
+    """A line of a shell that runs a script of `examples/` or a module of ours: its name, as `call` takes it, and its
+    arguments; None for any other line.
+
+    Raises:
+        ValueError: if `accelerate launch` does not take what it is given, or if there is no such script.
+    """
+    words = shlex.split(line, comments=True)
+    while words and "=" in words[0]:  # variables of the environment
+        del words[0]
+    if words[:2] == ["accelerate", "launch"]:
+        launch = _parse(launch_command_parser(), words[2:], line)
+        words = ["python", *(["-m"] if launch.module else []), launch.training_script, *launch.training_script_args]
+    if not words or Path(words[0]).name not in ("python", "python3") or len(words) == 1:
+        return None
+    if words[1] == "-m":
+        return (words[2], words[3:]) if words[2].startswith("dparallel.") else None
+    if not (EXAMPLES.parent / words[1]).is_file():
+        raise ValueError(f"{line!r}: there is no script {words[1]}.")
+    return words[1].removeprefix("examples/"), words[2:]
+
+
+def check_arguments(name, arguments) -> None:
+    """Refuse what the parser of a script or module does not take.
+
+    Raises:
+        ValueError: with what the parser says.
+    """
+    parser, arguments = parser_of(name, *(["run"] if name == HARNESS else [])), list(arguments)
+    if "--config" in arguments and "--config" not in parser._option_string_actions:  # TrlParser reads it by itself
+        place = arguments.index("--config")
+        if not (EXAMPLES.parent / arguments[place + 1]).is_file():
+            raise ValueError(f"{name}: there is no file {arguments[place + 1]}.")
+        del arguments[place : place + 2]
+        for action in parser._actions:
+            action.required = False  # the file may have it
+    _parse(parser, arguments, f"{name} {shlex.join(arguments)}")
+
+
+def _parse(parser, arguments, command):
+    err = StringIO()
+    try:
+        with redirect_stderr(err):
+            return argparse.ArgumentParser.parse_args(parser, arguments)
+    except SystemExit as end:
+        raise ValueError(f"{command!r} is not understood: {err.getvalue().splitlines()[-1]}") from end
 
 
 def run(name, *arguments, cwd=None, **environment) -> subprocess.CompletedProcess:

@@ -86,7 +86,7 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
             "choices": list(STUDENT_POLICIES),
         },
     )
-    threshold: float | None = field(default=None, metadata={"help": "Its threshold; None for the policy's default."})
+    threshold: float | None = field(default=None, metadata={"help": "Threshold of that policy; None: its default."})
     eval_decoding_samples: int = field(
         default=0,
         metadata={"help": "At evaluation, decode the first N prompts of the evaluation dataset. 0: no decoding."},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 
 def map_in_shards(function, items, folder, settings, shard_size=512, desc=None, describe=None) -> Dataset:

@@ -7,7 +7,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Value, concatenate_datasets
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from .resumable_shards import map_in_shards
 from .tokenization import tokenize_prompt

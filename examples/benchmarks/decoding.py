@@ -1,14 +1,17 @@
 """How long decoding takes: `generate()` with each cache, beside a plain loop and beside what the hardware allows.
 
-    python examples/benchmarks/decoding.py                    # LLaDA-8B's shape, random weights: one GPU of 80 GB
-    python examples/benchmarks/decoding.py --shape box        # the model in the box, on a CPU in two minutes
-
 Every row is one way of decoding `--length` tokens in blocks of 32 with a fixed number of passes (`unmasking=
 "confidence"`, `steps`), so that random weights take as many as trained ones. The plain loop is what research code
 does, with the same weights and in the same run: the head on the whole sequence, softmax in float64, tokens written one
 by one from the host. Floors come from the bandwidth and the matrix rate that are measured first. On a GPU, the
 captured steps are also timed alone: the longest is a pass over the whole canvas, the shortest one over what the cache
 leaves; what they do not explain of the time of `generate()` is the host's. Prints a table and writes JSON.
+
+The first command needs a GPU of 80 GB, for LLaDA-8B's shape with random weights; the second, with the small example
+model `examples/word_problems/checkpoint`, takes two minutes on a CPU.
+
+    python examples/benchmarks/decoding.py
+    python examples/benchmarks/decoding.py --shape example
 """
 
 import itertools
@@ -24,7 +27,7 @@ from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from dparallel.modeling.captured_step import captured_steps
 
-BOX = Path(__file__).parents[1] / "word_problems" / "checkpoint"
+EXAMPLE = Path(__file__).parents[1] / "word_problems" / "checkpoint"
 BLOCK_LENGTH = 32
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
@@ -134,8 +137,8 @@ def time_steps(model, decode):
 
 
 def load(shape, device):
-    if shape == "box":
-        return LLaDAModelLM.from_pretrained(BOX, dtype=DTYPES[device]).to(device).eval()
+    if shape == "example":
+        return LLaDAModelLM.from_pretrained(EXAMPLE, dtype=DTYPES[device]).to(device).eval()
     with torch.device(device):
         torch.manual_seed(0)
         default, _ = torch.get_default_dtype(), torch.set_default_dtype(DTYPES[device])
@@ -146,21 +149,40 @@ def load(shape, device):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", help="default: 1 4 8 32; box: 1 8")
-    parser.add_argument("--prompt_lengths", type=int, nargs="+", help="default: 128 1024 3072; box: 64")
-    parser.add_argument("--passes", type=int, nargs="+", help="default: 32 256; box: 16")
-    parser.add_argument("--length", type=int, help="default: 256; box: 128")
-    parser.add_argument("--caches", nargs="+", default=["none", "prefix", "dual", "dual,previous_block"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--shape",
+        default="llada_8b",
+        choices=["llada_8b", "example"],
+        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
+    )
+    parser.add_argument(
+        "--batch_sizes",
+        type=int,
+        nargs="+",
+        help="numbers of prompts in a batch (default: 1 4 8 32, with --shape example 1 8)",
+    )
+    parser.add_argument(
+        "--prompt_lengths",
+        type=int,
+        nargs="+",
+        help="tokens of a prompt (default: 128 1024 3072, with --shape example 64)",
+    )
+    parser.add_argument(
+        "--passes", type=int, nargs="+", help="passes that an answer takes (default: 32 256, with --shape example 16)"
+    )
+    parser.add_argument("--length", type=int, help="tokens of an answer (default: 256, with --shape example 128)")
+    caches = ["none", "prefix", "dual", "dual,previous_block"]
+    caches_help = "values of `block_cache`, each alone or with a comma and a value of `cache_refresh`"
+    parser.add_argument("--caches", nargs="+", default=caches, help=caches_help)
+    parser.add_argument("--repeats", type=int, default=3, help="calls that are timed, of which the fastest counts")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain loop")
-    parser.add_argument("--output", type=Path, default=Path("decoding.json"))
+    parser.add_argument("--output", type=Path, default=Path("decoding.json"), help="file for every row of the table")
     arguments = parser.parse_args()
-    is_box = arguments.shape == "box"
-    batch_sizes = arguments.batch_sizes or ([1, 8] if is_box else [1, 4, 8, 32])
-    prompt_lengths = arguments.prompt_lengths or ([64] if is_box else [128, 1024, 3072])
-    all_passes = arguments.passes or ([16] if is_box else [32, 256])
-    length = arguments.length or (128 if is_box else 256)
+    is_example = arguments.shape == "example"
+    batch_sizes = arguments.batch_sizes or ([1, 8] if is_example else [1, 4, 8, 32])
+    prompt_lengths = arguments.prompt_lengths or ([64] if is_example else [128, 1024, 3072])
+    all_passes = arguments.passes or ([16] if is_example else [32, 256])
+    length = arguments.length or (128 if is_example else 256)
     for passes in all_passes:
         if passes % (length // BLOCK_LENGTH) or length % BLOCK_LENGTH:
             parser.error(f"--passes {passes} --length {length}: blocks of {BLOCK_LENGTH} must share both evenly")
@@ -226,6 +248,7 @@ def main():
                 flush=True,
             )
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"In {arguments.output}: every row. Next, for the speed of training: python examples/benchmarks/training.py")
 
 
 if __name__ == "__main__":

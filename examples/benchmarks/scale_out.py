@@ -1,9 +1,6 @@
 """How distillation, trajectories and evaluation scale over the GPUs of one machine, with LLaDA-8B's shape and random
 weights; and that a checkpoint goes on under another layout.
 
-    python examples/benchmarks/scale_out.py                        # all GPUs of the machine, of 80 GB
-    python examples/benchmarks/scale_out.py --shape box --processes 2    # the model in the box, on a CPU
-
 Each row is a launch of its own, with a file of `examples/accelerate_configs`:
 
 - training: a `CertaintyForcingTrainer` step, of LoRA (rank 128 on q, k, v and up) or of all weights (checkpointed),
@@ -13,11 +10,17 @@ Each row is a launch of its own, with a file of `examples/accelerate_configs`:
   counts right predictions, of which random weights have few: one that rounding turns right or wrong is a leap);
 - decoding: answers per second of `generate_trajectories` and of `evaluate_task`, and whether they equal those of one
   process;
-- checkpoints: the model in the box in float32, saved halfway under one layout, resumed under another, and merged: how
+- checkpoints: the example model in float32, saved halfway under one layout, resumed under another, and merged: how
   far losses and weights are from those of the run that saved, which went on to its end; and, to compare, how far the
   losses of the two layouts are from each other anyway.
 
 Prints tables and writes JSON; the exit status is 1 if a launch failed.
+
+The first command takes all GPUs of the machine, of 80 GB; the second runs on a CPU, with the small example model
+`examples/word_problems/checkpoint`.
+
+    python examples/benchmarks/scale_out.py
+    python examples/benchmarks/scale_out.py --shape example --processes 2
 """
 
 import argparse
@@ -32,7 +35,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from decoding import BOX, load
+from decoding import EXAMPLE, load
 from safetensors.torch import load_file
 from training import PROMPT_LENGTH, adapter, build_trainer, random_rows
 from transformers import AutoTokenizer
@@ -44,7 +47,7 @@ from dparallel.hub_cards.command_line import CommandParser
 from dparallel.trainer import generate_trajectories
 
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
-TASK = f"{BOX.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
+TASK = f"{EXAMPLE.parent / 'evaluate_word_problems.py'}:WORD_PROBLEMS"
 PARTS = ("training", "decoding", "checkpoints")
 ALONE = "single_gpu"
 LAYOUTS = {"LoRA": (ALONE, "ddp", "fsdp2", "zero2", "zero3"), "all weights": ("fsdp2", "zero3")}
@@ -103,7 +106,7 @@ def training(job, folder):
 
 def decoding(job, folder):
     state, model = PartialState(), load(job["shape"], job["device"])
-    tokenizer = AutoTokenizer.from_pretrained(BOX, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(EXAMPLE, padding_side="left")
     task, size = find_task(TASK), {"batch_size": job["batch_size"], "shard_size": job["batch_size"]}
     settings = {"unmasking": "confidence", "max_new_tokens": job["answer"], "stop_at_eos": False}
     settings |= {"steps": job["answer"]}
@@ -133,7 +136,7 @@ def decoding(job, folder):
 
 
 def checkpoints(job, folder):
-    model = load("box", job["device"]).float()  # as FSDP2 keeps what it trains
+    model = load("example", job["device"]).float()  # as FSDP2 keeps what it trains
     half = job["steps"] // 2
     trainer, _ = global_batches(
         job, model, job["steps"], folder, save_strategy="steps", save_steps=half, learning_rate=1e-3,
@@ -257,7 +260,7 @@ def measure_decoding(arguments, folder, results):
 
 
 def measure_checkpoints(arguments, folder, results):
-    """Of the model in the box, whatever the shape: it is about what is in the files."""
+    """Of the example model, whatever the shape: it is about what is in the files."""
     print("\n| trained | saved under | resumed under | losses differ by | weights by | losses of both layouts by |")
     print("| --- " * 6 + "|", flush=True)
     job = {"part": "checkpoints", "length": 128, "rank": 8, "micro_batch": 2, "steps": 8}
@@ -296,30 +299,58 @@ def measure_checkpoints(arguments, folder, results):
 
 def merged_weights(folder, trains):
     if trains == "LoRA":
-        tokenizer = AutoTokenizer.from_pretrained(BOX)
-        merge_adapter(folder, folder / "merged", tokenizer, base_model=BOX, model_init_kwargs={"dtype": torch.float32})
+        tokenizer = AutoTokenizer.from_pretrained(EXAMPLE)
+        merge_adapter(
+            folder, folder / "merged", tokenizer, base_model=EXAMPLE, model_init_kwargs={"dtype": torch.float32}
+        )
         folder = folder / "merged"
     return load_file(folder / "model.safetensors")
 
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
-    parser.add_argument("--processes", type=int, default=torch.cuda.device_count(), help="default: all GPUs")
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument(
+        "--shape",
+        default="llada_8b",
+        choices=["llada_8b", "example"],
+        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=torch.cuda.device_count(),
+        help="number of processes, at least 2 (default: one for each GPU)",
+    )
+    parser.add_argument(
+        "--parts", nargs="+", default=list(PARTS), choices=PARTS, help="what is measured (default: all)"
+    )
     layouts = LAYOUTS["LoRA"] if torch.cuda.is_available() else (ALONE, "ddp")  # the others need GPUs
-    parser.add_argument("--layouts", nargs="+", default=layouts, choices=layouts)
-    parser.add_argument("--trains", nargs="+", default=list(LAYOUTS), choices=LAYOUTS)
-    parser.add_argument("--length", type=int, help="tokens of a sequence; default: 384; box: 192")
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--micro_batch", type=int, default=4, help="sequences of a GPU at a time")
-    parser.add_argument("--global_batch", type=int, default=64, help="sequences of a step, 64 as published")
-    parser.add_argument("--steps", type=int, default=5, help="that count, after --warm_up that do not")
-    parser.add_argument("--warm_up", type=int, default=2)
-    parser.add_argument("--prompts", type=int, default=256, help="that are answered")
-    parser.add_argument("--decoding_batch", type=int, default=16)
+    parser.add_argument(
+        "--layouts",
+        nargs="+",
+        default=layouts,
+        choices=layouts,
+        help="files of accelerate_configs, by their names (default: all that the machine can run)",
+    )
+    parser.add_argument(
+        "--trains", nargs="+", default=list(LAYOUTS), choices=LAYOUTS, help="which weights are trained (default: both)"
+    )
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: 384, with --shape example 192)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA")
+    parser.add_argument("--micro_batch", type=int, default=4, help="number of sequences that a GPU takes at a time")
+    parser.add_argument(
+        "--global_batch", type=int, default=64, help="number of sequences of a step over all GPUs; 64 as published"
+    )
+    parser.add_argument("--steps", type=int, default=5, help="number of steps that are timed")
+    parser.add_argument("--warm_up", type=int, default=2, help="number of steps before those, which are not timed")
+    parser.add_argument(
+        "--prompts", type=int, default=256, help="number of prompts that are answered, to time decoding"
+    )
+    parser.add_argument(
+        "--decoding_batch", type=int, default=16, help="number of prompts that a process answers at a time"
+    )
     parser.add_argument("--answer", type=int, default=64, help="tokens of an answer, one a pass")
-    parser.add_argument("--output", type=Path, default=Path("scale_out.json"))
+    parser.add_argument("--output", type=Path, default=Path("scale_out.json"), help="file for every row of the tables")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -332,7 +363,7 @@ def main():
         parser.error(
             f"--global_batch {arguments.global_batch}: it must be a multiple of --micro_batch times --processes"
         )
-    arguments.length = arguments.length or (192 if arguments.shape == "box" else 384)
+    arguments.length = arguments.length or (192 if arguments.shape == "example" else 384)
     results = {**here_and_now(), "processes": arguments.processes, "shape": arguments.shape}
     results |= {"length": arguments.length, "global_batch": arguments.global_batch, **{part: [] for part in PARTS}}
     where = f"{arguments.processes} x {results['hardware']}, {results['versions']}, {results['date']}"
@@ -344,6 +375,11 @@ def main():
     if arguments.failed:
         arguments.output.write_text(json.dumps(results | {"failed": arguments.failed}, indent=1) + "\n")
         sys.exit(f"failed: {', '.join(arguments.failed)}")
+    where = "examples/accelerate_configs"
+    print(
+        f"In {arguments.output}: every row. Next, to train under one of {where}: accelerate launch --config_file "
+        f"{where}/ddp.yaml examples/distill.py --config examples/recipes/llada_8b.yaml --output_dir runs/llada"
+    )
 
 
 if __name__ == "__main__":

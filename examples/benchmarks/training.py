@@ -1,13 +1,16 @@
 """How long a distillation step takes, and how much memory: `CertaintyForcingTrainer` beside a plain step and beside
 what the hardware allows.
 
-    python examples/benchmarks/training.py                # LLaDA-8B's shape, random weights: one GPU of 80 GB
-    python examples/benchmarks/training.py --shape box    # the model in the box, on a CPU in two minutes
-
 A step is forward, backward and optimizer for LoRA of rank 128 on q, k, v and up, as published, sequences of 384
 tokens, both complementary views. The plain step does it as research code does: one view after the other, logits of the
 whole sequence, losses on those. Each row is a process of its own, so that memory is its own. Prints a table and writes
 JSON.
+
+The first command needs a GPU of 80 GB, for LLaDA-8B's shape with random weights; the second, with the small example
+model `examples/word_problems/checkpoint`, takes two minutes on a CPU.
+
+    python examples/benchmarks/training.py
+    python examples/benchmarks/training.py --shape example
 """
 
 import argparse
@@ -198,19 +201,36 @@ def any_tokenizer(config):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--shape", default="llada_8b", choices=["llada_8b", "box"])
-    parser.add_argument("--micro_batches", type=int, nargs="+", help="default: 1 2 4 8; box: 2")
-    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS, metavar="KIND")
-    parser.add_argument("--length", type=int, help="tokens of a sequence; default: 384; box: 192")
-    parser.add_argument("--rank", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5, help="that count, after --warm_up that do not")
-    parser.add_argument("--warm_up", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=Path("training.json"))
+    parser.add_argument(
+        "--shape",
+        default="llada_8b",
+        choices=["llada_8b", "example"],
+        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
+    )
+    parser.add_argument(
+        "--micro_batches",
+        type=int,
+        nargs="+",
+        help="numbers of sequences in a micro-batch (default: 1 2 4 8, with --shape example 2)",
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        default=list(KINDS),
+        choices=KINDS,
+        metavar="KIND",
+        help="kinds of steps, by their names in the table (default: all)",
+    )
+    parser.add_argument("--length", type=int, help="tokens of a sequence (default: 384, with --shape example 192)")
+    parser.add_argument("--rank", type=int, default=128, help="rank of the LoRA")
+    parser.add_argument("--steps", type=int, default=5, help="number of steps that are timed")
+    parser.add_argument("--warm_up", type=int, default=3, help="number of steps before those, which are not timed")
+    parser.add_argument("--output", type=Path, default=Path("training.json"), help="file for every row of the table")
     parser.add_argument("--kind", choices=KINDS, help=argparse.SUPPRESS)
     parser.add_argument("--micro_batch", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    is_box = arguments.shape == "box"
-    arguments.length = arguments.length or (192 if is_box else 384)
+    is_example = arguments.shape == "example"
+    arguments.length = arguments.length or (192 if is_example else 384)
     if arguments.kind:
         return measure(arguments)
     results = here_and_now() | {"threads": torch.get_num_threads(), "shape": arguments.shape}
@@ -219,7 +239,7 @@ def main():
     print(f"{results['date']}: {arguments.shape}, LoRA of rank {arguments.rank}, {arguments.length} tokens\n")
     print("| micro-batch | step | ms | floor | times the plain step | GiB |")
     print("| --- " * 6 + "|", flush=True)
-    for micro_batch in arguments.micro_batches or ([2] if is_box else [1, 2, 4, 8]):
+    for micro_batch in arguments.micro_batches or ([2] if is_example else [1, 2, 4, 8]):
         plain = None
         for kind in arguments.kinds:
             flags = {"kind": kind, "micro_batch": micro_batch}
@@ -238,6 +258,7 @@ def main():
                 flush=True,
             )
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"In {arguments.output}: every row. Next, for several GPUs: python examples/benchmarks/scale_out.py")
 
 
 if __name__ == "__main__":

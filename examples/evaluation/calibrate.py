@@ -1,11 +1,11 @@
 """Find the fastest threshold that costs no more accuracy than allowed, and save it with the checkpoint.
 
-    python -m dparallel.evaluation.calibrate --task gsm8k --split train --limit 500 --model runs/llada/merged \\
-        --unmasking entropy_threshold --margin 0.01
-
 Accuracy is compared with that of one token a pass, problem by problem, or with `--bar`. The 95% interval of the
 difference is printed; where it reaches below the margin, a warning says that the problems are too few to tell, and the
 threshold is written all the same. Calibrate on problems that you do not report.
+
+    python -m dparallel.evaluation.calibrate --task gsm8k --split train --limit 500 --model runs/llada/merged \\
+        --unmasking entropy_threshold --margin 0.01
 """
 
 import math
@@ -85,18 +85,31 @@ def warning_of_noise(difference, margin, count) -> str | None:
 
 def main():
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.calibrate")
-    parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
+    parser.add_argument(
+        "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"
+    )
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--unmasking", default="entropy_threshold", choices=sorted(DEFAULT_GRID))
-    parser.add_argument("--thresholds", type=float, nargs="+", help="candidates")
+    parser.add_argument(
+        "--unmasking",
+        default="entropy_threshold",
+        choices=sorted(DEFAULT_GRID),
+        help="policy whose threshold is chosen",
+    )
+    parser.add_argument(
+        "--thresholds", type=float, nargs="+", help="thresholds that are tried (default: four or five of each policy)"
+    )
     margin_help = (
-        "of accuracy that may be lost, 0.01 for a point; where the 95%% interval of the difference reaches below it, "
-        "there is a warning, and the threshold is written all the same"
+        "share of accuracy that may be lost, 0.01 for a point; where the 95%% interval of the difference reaches "
+        "below it, there is a warning, and the threshold is written all the same"
     )
     parser.add_argument("--margin", type=float, default=0.01, help=margin_help)
-    parser.add_argument("--bar", type=float, help="accuracy of slow decoding, if you know it")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/calibration"))
+    parser.add_argument(
+        "--bar", type=float, help="accuracy of one token a pass, from 0 to 1, if you know it (default: it is measured)"
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/calibration"), help="folder for the results and all answers"
+    )
     arguments = parser.parse_args()
 
     with plain_errors(ValueError, OSError):
@@ -130,8 +143,11 @@ def main():
         settings = {"threshold": None, "steps": None, name: chosen.decoding[name]}
         model.generation_config.update(unmasking=arguments.unmasking, **settings)
         model.generation_config.save_pretrained(arguments.model)
+        value = f"{chosen.decoding[name]:g}"
         print(
-            f"{arguments.unmasking}, {name} {chosen.decoding[name]:g} is in {arguments.model}/generation_config.json."
+            f"{arguments.unmasking}, {name} {value} is in {arguments.model}/generation_config.json. Next, to measure "
+            f"on other problems: python -m dparallel.evaluation.sweep --task {arguments.task} --model "
+            f"{arguments.model} --unmasking {arguments.unmasking}={value}"
         )
 
 

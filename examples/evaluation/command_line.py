@@ -12,6 +12,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id, file_of
+from dparallel.hub_cards.measurements import RESULTS_FILE
 from dparallel.hub_cards.merge import load_adapted, load_tokenizer
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 
@@ -45,22 +46,42 @@ def find_task(name) -> Task:
 
 
 def add_model_arguments(parser):
-    parser.add_argument("--model", required=True, help="Hub id or folder, also of a LoRA adapter")
-    parser.add_argument("--adapter", help="Hub id or folder of a LoRA adapter for it, which is not merged")
+    parser.add_argument("--model", required=True, help="Hub id or folder of a model, or of a LoRA adapter")
+    parser.add_argument(
+        "--adapter", help="Hub id or folder of a LoRA adapter for the model, which is not merged (default: none)"
+    )
     dtypes = ["auto", "bfloat16", "float16", "float32"]
-    parser.add_argument("--dtype", choices=dtypes, help="default: auto, as saved, on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=dtypes,
+        help="data type of the weights (default: auto, which is as saved, on a GPU, and float32 on a CPU)",
+    )
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the model's repository")
-    parser.add_argument("--trust_remote_code", action="store_true", help="run the repository's own Python code")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run the Python code of the model's repository"
+    )
 
 
 def add_data_arguments(parser):
-    parser.add_argument("--data", help="JSON-lines file, or folder of them, instead of the Hub (also DPARALLEL_DATA)")
-    parser.add_argument("--split", help="default: the one that is published, test")
-    parser.add_argument("--limit", type=int, help="the first so many questions")
-    parser.add_argument("--num_fewshot", type=int, help="examples before each question")
-    parser.add_argument("--max_new_tokens", type=int, help="of an answer")
-    parser.add_argument("--batch_size", type=int, help="questions decoded at a time; default: 16")
-    parser.add_argument("--shard_size", type=int, help="questions saved together; default: 32, or more for a batch")
+    parser.add_argument(
+        "--data",
+        help="JSON-lines file, or folder of such files, with the questions (default: what the environment variable "
+        "DPARALLEL_DATA says, or else the Hub)",
+    )
+    parser.add_argument(
+        "--split", help="split of the data (default: the one that published results are of, mostly test)"
+    )
+    parser.add_argument("--limit", type=int, help="number of questions, from the first on (default: all)")
+    parser.add_argument(
+        "--num_fewshot", type=int, help="number of examples before each question (default: the task's own)"
+    )
+    parser.add_argument("--max_new_tokens", type=int, help="tokens of an answer at most (default: the task's own)")
+    parser.add_argument("--batch_size", type=int, help="number of questions that are decoded at a time (default: 16)")
+    parser.add_argument(
+        "--shard_size",
+        type=int,
+        help="number of questions that are saved together (default: 32, or the batch size if that is more)",
+    )
 
 
 def _given(arguments, *names) -> dict:
@@ -140,6 +161,29 @@ def table_row(measurement, model) -> str:
     )
 
 
+def add_decoding_arguments(parser):
+    """Those of `generate()` that `DECODING_ARGUMENTS` names."""
+    group = parser.add_argument_group("decoding", "arguments of generate(); by default as the checkpoint was saved")
+
+    def add(flag, text, **settings):
+        group.add_argument(flag, help=f"{text} (default: the checkpoint's)", **settings)
+
+    add("--unmasking", "policy that decides which tokens are written", choices=sorted(POLICIES))
+    add("--threshold", "threshold of a thresholded policy", type=float)
+    add("--steps", "number of passes of a scheduled policy", type=int)
+    add("--schedule", "how a scheduled policy spreads its steps", choices=sorted(SCHEDULES))
+    add("--block_length", "tokens of a block", type=int)
+    caches = "what is kept between passes: nothing, keys and values before the block, or also those behind it"
+    add("--block_cache", caches, choices=["none", "prefix", "dual"])
+    refreshes = "what is computed anew when a block begins: the whole canvas, or the block before it"
+    add("--cache_refresh", refreshes, choices=["full", "previous_block"])
+    add("--cache_refresh_interval", "passes after which the cache is computed anew within a block", type=int)
+    add("--stop_at_eos", "end an answer at its end-of-text", action="store_true", default=None)
+    no_stop = {"dest": "stop_at_eos", "action": "store_false", "default": None}
+    add("--no_stop_at_eos", "decode all blocks of each answer", **no_stop)
+    add("--eos_threshold", "end an answer at an end-of-text that is predicted with this probability", type=float)
+
+
 def evaluate_from_command_line(task):
     """All that a benchmark's script does, whose docstring is the text of `--help`."""
     parser = CommandParser(
@@ -147,20 +191,9 @@ def evaluate_from_command_line(task):
     )
     add_model_arguments(parser)
     add_data_arguments(parser)
-    decoding = parser.add_argument_group("decoding", "what is not given is as the checkpoint has it")
-    decoding.add_argument("--unmasking", choices=sorted(POLICIES))
-    decoding.add_argument("--threshold", type=float, help="of the policy")
-    decoding.add_argument("--steps", type=int, help="of a scheduled policy")
-    decoding.add_argument("--schedule", choices=sorted(SCHEDULES), help="how a scheduled policy spreads its steps")
-    decoding.add_argument("--block_length", type=int)
-    decoding.add_argument("--block_cache", choices=["none", "prefix", "dual"])
-    decoding.add_argument("--cache_refresh", choices=["full", "previous_block"])
-    decoding.add_argument("--cache_refresh_interval", type=int)
-    decoding.add_argument("--stop_at_eos", action="store_true", default=None, help="end an answer at its end-of-text")
-    decoding.add_argument("--no_stop_at_eos", dest="stop_at_eos", action="store_false", default=None,
-                          help="decode all blocks of each answer")  # fmt: skip
-    decoding.add_argument("--eos_threshold", type=float)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs") / task.name.lower().replace(" ", "_"))
+    add_decoding_arguments(parser)
+    folder = Path("runs") / task.name.lower().replace(" ", "_")
+    parser.add_argument("--output_dir", type=Path, default=folder, help="folder for the results and all answers")
     arguments = parser.parse_args()
     settings = _given(arguments, *DECODING_ARGUMENTS)
 
@@ -171,4 +204,8 @@ def evaluate_from_command_line(task):
         result = evaluate_task(task, model, tokenizer, arguments.output_dir, origin=origin, **data, **settings)
     if PartialState().is_main_process:
         print(f"{HEADER}\n{table_row(result, Path(arguments.model).name)}\n")
-        print(f"In {arguments.output_dir}: results.json and samples.jsonl.")
+        command = f"python -m dparallel.hub_cards.push_model {arguments.model} user/my-model"
+        print(
+            f"In {arguments.output_dir}: results.json and samples.jsonl (all answers). Next, to share the model with "
+            f"these numbers on its card: {command} --results {arguments.output_dir / RESULTS_FILE}"
+        )

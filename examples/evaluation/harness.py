@@ -1,14 +1,15 @@
 """lm-evaluation-harness (https://github.com/EleutherAI/lm-evaluation-harness) with our models: its generation tasks,
 in batches, with any policy.
 
+All arguments are the harness's own, which `run --help` lists; `--model_args` also takes what `generate()` takes.
+Answers have the length that the task or `--gen_kwargs` says, or else the checkpoint's own `max_new_tokens`, and
+without one the harness's 256. An adapter (`pretrained=` or `peft=`) decodes by what it was distilled for. The results
+have `nfe` and `tpf` of each task under `config`: of the requests that the first process decoded, so not of those that
+it found in the harness's cache. `--output_path` says where they go.
+
     python -m dparallel.evaluation.harness --model dparallel --tasks gsm8k_cot_zeroshot --apply_chat_template \\
         --model_args pretrained=Dream-org/Dream-v0-Instruct-7B,unmasking=entropy_threshold,threshold=0.45 \\
         --gen_kwargs max_gen_toks=256 --batch_size 16
-
-All arguments are the harness's own; `--model_args` also takes what `generate()` takes. Answers have the length that
-the task or `--gen_kwargs` says, or else the checkpoint's own `max_new_tokens`, and without one the harness's 256. An
-adapter (`pretrained=` or `peft=`) decodes by what it was distilled for. The results have `nfe` and `tpf` of each task
-under `config`: of the requests that the first process decoded, so not of those that it found in the harness's cache.
 """
 
 import logging
@@ -29,7 +30,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
-from dparallel.hub_cards.command_line import plain_errors
+from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.hub_cards.merge import decode_as_distilled
 
@@ -114,6 +115,12 @@ class DiffusionLM(HFLM):
         return found
 
 
-if __name__ == "__main__":
+def main():
+    if sys.argv[1:] in (["-h"], ["--help"]):
+        CommandParser(__doc__, prog="python -m dparallel.evaluation.harness", usage="%(prog)s [OPTIONS]").parse_args()
     with plain_errors(ValueError, OSError, NotImplementedError):
         cli_evaluate()
+
+
+if __name__ == "__main__":
+    main()

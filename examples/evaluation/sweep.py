@@ -1,12 +1,12 @@
 """Accuracy against forward passes and seconds, over policies, thresholds and caches.
 
-    python -m dparallel.evaluation.sweep --task gsm8k --model user/repo --limit 200 \\
-        --unmasking entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block_cache none dual
-
 Writes `results.json` (every point, as cards read it), `sweep.md` and `sweep.png`, which `python -m
 dparallel.evaluation.plot` draws again from `results.json`. After a kill it goes on where it was; a point that was
 decoded in two parts has no seconds. Seconds include judging, but not the first batch of a policy and cache, which is
 decoded once more beforehand: on a GPU it also captures CUDA graphs.
+
+    python -m dparallel.evaluation.sweep --task gsm8k --model user/repo --limit 200 \\
+        --unmasking entropy_threshold=0.1,0.3,0.5 confidence_threshold=0.8,0.9 --block_cache none dual
 """
 
 import itertools
@@ -126,13 +126,32 @@ def to_table(points: list[Measurement]) -> str:
 
 def main():
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.sweep")
-    parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
+    parser.add_argument(
+        "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"
+    )
     add_model_arguments(parser)
     add_data_arguments(parser)
-    parser.add_argument("--unmasking", nargs="+", metavar="POLICY=NUMBERS", help="default: three policies")
+    parser.add_argument(
+        "--unmasking",
+        nargs="+",
+        metavar="POLICY=NUMBERS",
+        help="policies, each with its thresholds or steps (default: four or five thresholds each of "
+        "confidence_threshold, entropy_threshold and entropy_bound)",
+    )
     choices = ["none", "prefix", "dual"]
-    parser.add_argument("--block_cache", nargs="+", default=[None], choices=choices, help="default: the checkpoint's")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/sweep"))
+    parser.add_argument(
+        "--block_cache",
+        nargs="+",
+        default=[None],
+        choices=choices,
+        help="caches that are tried (default: the checkpoint's own alone)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path("runs/sweep"),
+        help="folder for results, table, picture and all answers",
+    )
     arguments = parser.parse_args()
 
     with plain_errors(ValueError, OSError):
@@ -151,6 +170,10 @@ def main():
         (folder / "sweep.md").write_text(report)
         plot(with_aup(lines), folder / "sweep.png", title)
         print(report)
+        print(
+            f"In {folder}: results.json, sweep.md and sweep.png. Next, to save the fastest threshold that is accurate "
+            f"enough: python -m dparallel.evaluation.calibrate --task {arguments.task} --model {arguments.model}"
+        )
 
 
 if __name__ == "__main__":

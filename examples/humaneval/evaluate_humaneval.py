@@ -1,10 +1,10 @@
 """Accuracy and forward passes of a model on HumanEval, on one process or many.
 
+Started again after a kill, it goes on where it was.
+
     export HF_ALLOW_CODE_EVAL=1   # programs that a model wrote are run, in a sandbox
     accelerate launch examples/humaneval/evaluate_humaneval.py --model user/repo \\
         --unmasking entropy_threshold --threshold 0.5
-
-Started again after a kill, it goes on where it was. `--help` lists the rest.
 """
 
 from dparallel.evaluation import HUMANEVAL, evaluate_from_command_line

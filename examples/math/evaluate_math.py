@@ -1,8 +1,8 @@
 """Accuracy and forward passes of a model on MATH, on one process or many.
 
-    accelerate launch examples/math/evaluate_math.py --model user/repo --unmasking entropy_threshold --threshold 0.5
+Started again after a kill, it goes on where it was.
 
-Started again after a kill, it goes on where it was. `--help` lists the rest.
+    accelerate launch examples/math/evaluate_math.py --model user/repo --unmasking entropy_threshold --threshold 0.5
 """
 
 from dparallel.evaluation import MATH, evaluate_from_command_line

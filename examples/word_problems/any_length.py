@@ -1,12 +1,13 @@
-"""Teach the models in the box answers of all lengths.
-
-    python examples/word_problems/any_length.py --output_dir runs/any_length                                # one GPU
-    python examples/word_problems/any_length.py --problems 64 --max_steps 2 2 --batch_size 4 --lengths 64 96   # a try
+"""Teach the two example models, a teacher and its distilled student, answers of all lengths.
 
 They were trained on answers of 128 tokens, end-of-text padding included, and solve few problems in a canvas of 64 or
 of 256. Dropping what is behind a predicted end, or decoding up to 1,024 tokens, needs models that know such canvases.
 The teacher goes on with its own training, each answer filled up with end-of-text to a length drawn from `--lengths`;
-the student with its distillation, on that teacher's right answers. Both are saved to be studied, not to be shipped.
+the student with its distillation, on that teacher's right answers. Both are saved to be studied; the example
+models of the repository stay as they are. The first command is for a GPU, the second a try on a CPU.
+
+    python examples/word_problems/any_length.py --output_dir runs/any_length
+    python examples/word_problems/any_length.py --problems 64 --max_steps 2 2 --batch_size 4 --lengths 64 96
 """
 
 from itertools import islice
@@ -66,11 +67,16 @@ def train(trainer_class, config_class, source, rows, tokenizer, target, batch_si
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"))
-    parser.add_argument("--problems", type=int, default=50_000, help="to train with, for each of the models")
-    parser.add_argument("--max_steps", type=int, nargs=2, default=[800, 500], help="of the teacher, of the student")
-    parser.add_argument("--batch_size", type=int, default=256, help="of the teacher; twice the student's")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64, 96, 128, 192, 256, 384, 512, 768, 1024])
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/any_length"), help="folder for both models")
+    parser.add_argument("--problems", type=int, default=50_000, help="number of problems to train each model with")
+    parser.add_argument(
+        "--max_steps", type=int, nargs=2, default=[800, 500], help="optimizer steps of the teacher, and of the student"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=256, help="examples of a step of the teacher; the student takes half as many"
+    )
+    lengths = [64, 96, 128, 192, 256, 384, 512, 768, 1024]
+    parser.add_argument("--lengths", type=int, nargs="+", default=lengths, help="lengths of answers, in tokens")
     arguments = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(HERE / "checkpoint", padding_side="left")
     problems = list(islice(generate_problems("train", arguments.problems, SEED), arguments.problems))
@@ -107,6 +113,8 @@ def main():
             learning_rate=2e-4, **ANY_RATIO,
         )  # fmt: skip
     report(student)
+    command = f"python examples/word_problems/learned_filter.py --models {arguments.output_dir}"
+    print(f"In {arguments.output_dir}: teacher and student. Next, to compare filters on them: {command}")
 
 
 if __name__ == "__main__":

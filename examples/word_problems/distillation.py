@@ -1,18 +1,20 @@
-"""Distil the model in the box with certainty forcing, and measure what each part of the method is worth.
+"""Distil the example model of word problems by certainty forcing, and measure what each part of the method is worth.
 
-    python examples/word_problems/distillation.py --output_dir runs/distillation --num_proc 16
-
-The teacher answers training problems. Students, one for each variant and seed, learn from its right answers. Some of
-them then are the teacher of a next round, and so on: each round answers in fewer passes, since what the one before it
-chose among equally good wordings is what the next one learns. Teacher and students solve test problems over a range of
-thresholds, the last student all 5,000 at the threshold that was chosen for it on validation problems. Out come
-`report.md`, `distillation.json`, `accuracy_against_nfe.png` and the folder `student` with its `results.json`.
+The teacher, `examples/word_problems/checkpoint`, answers training problems. Students, one for each variant and seed,
+learn from its right answers. Some of them then are the teacher of a next round, and so on: each round answers in fewer
+passes, since what the one before it chose among equally good wordings is what the next one learns. Teacher and
+students solve test problems over a range of thresholds, the last student all 5,000 at the threshold that was chosen
+for it on validation problems. Out come `report.md`, `distillation.json`, `accuracy_against_nfe.png` and the folder
+`student` with its `results.json`.
 
 What was computed is not computed again: after a kill, the same command goes on. A small model leaves a GPU idle while
 the next student is compiled, so after `--until trajectories` several processes may share the students, each with
-`--until curves` and its own `--variants` or `--seeds`, before the command without these makes the report. For a try on
-a CPU, `--num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0`. The picture alone is drawn again by
+`--until curves` and its own `--variants` or `--seeds`, before the command without these makes the report. The second
+command is a try on a CPU; the third draws the picture alone.
 
+    python examples/word_problems/distillation.py --output_dir runs/distillation --num_proc 16
+    python examples/word_problems/distillation.py --output_dir runs/try \\
+        --num_prompts 64 --max_steps 3 --batch_size 8 --problems 8 --seeds 0
     python examples/word_problems/distillation.py --redraw examples/word_problems/student
 """
 
@@ -113,8 +115,8 @@ def prompts(count, seed, num_proc):
 
 
 def right_answers(teacher, folder, seed, arguments, tokenizer):
-    """A teacher's answers to training problems, those that are right. At an entropy threshold of 0.1 the model in the
-    box needs a quarter of the passes of one token a step, and is no less accurate."""
+    """A teacher's answers to training problems, those that are right. At an entropy threshold of 0.1 the first
+    teacher needs a quarter of the passes of one token a step, and is no less accurate."""
     rows = generate_trajectories(
         load(teacher),
         tokenizer,
@@ -268,19 +270,38 @@ def draw(results, folder):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--num_prompts", type=int, default=40_000, help="training problems per round")
-    parser.add_argument("--max_steps", type=int, default=600)
-    parser.add_argument("--batch_size", type=int, default=384)
-    parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS, help="of the final comparison")
-    parser.add_argument("--ablation_problems", type=int, default=2000, help="of each point of the curves")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/distillation"), help="folder for all that is computed"
+    )
+    parser.add_argument("--num_prompts", type=int, default=40_000, help="number of training problems of a round")
+    parser.add_argument("--max_steps", type=int, default=600, help="optimizer steps of each student")
+    parser.add_argument("--batch_size", type=int, default=384, help="examples of a step")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the students of each variant"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=4, help="rounds in which the student of one is the teacher of the next"
+    )
+    parser.add_argument(
+        "--problems", type=int, default=NUM_TEST_PROBLEMS, help="number of problems of the final comparison"
+    )
+    parser.add_argument(
+        "--ablation_problems", type=int, default=2000, help="number of problems of each point of the curves"
+    )
     stages = ["trajectories", "curves", "report"]
-    parser.add_argument("--until", default="report", choices=stages, help="stop after this stage")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, metavar="VARIANT")
-    parser.add_argument("--num_proc", type=int, help="processes for generating and tokenizing problems")
+    parser.add_argument("--until", default="report", choices=stages, help="stage after which to stop")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        choices=VARIANTS,
+        metavar="VARIANT",
+        help="variants of the method, by their names in the report (default: all)",
+    )
+    parser.add_argument(
+        "--num_proc", type=int, help="number of processes that generate and tokenize problems (default: one)"
+    )
     parser.add_argument("--redraw", type=Path, help=f"a folder with {RESULTS}: draw {PICTURE} there, and nothing else")
     arguments = parser.parse_args()
     if arguments.redraw is not None:
@@ -297,6 +318,7 @@ def main():
 
     dataset = right_answers(TEACHER, folder / "trajectories", PROMPT_SEED, arguments, tokenizer)
     if arguments.until == "trajectories":
+        print(f"In {folder / 'trajectories'}: the answers. Next: the same command with --until curves.")
         return
     students = {}  # the folders of each student's rounds
     for variant, seed in itertools.product(arguments.variants, arguments.seeds):
@@ -330,11 +352,12 @@ def main():
         points = [to_entries(measure_all(path / "model", STUDENT_GRID, path / "curve")) for path in rounds]
         curves.append({"variant": variant, "seed": seed, "rounds": points})
     if arguments.until == "curves":
+        print(f"In {folder / 'students'}: the students and their curves. Next: the same command without --until.")
         return
     measured = folder / "measured"
     teacher = measure_all(TEACHER, TEACHER_GRID, measured / "teacher")
 
-    # The shipped student's way of decoding is chosen where the test problems are not looked at.
+    # The last student's way of decoding is chosen where the test problems are not looked at.
     latest = students[WHOLE_METHOD, FIRST_SEED][-1] / "model"
     bar = measure_one(TEACHER, ONE_TOKEN, measured / "validation-teacher", validation).accuracy
     candidates = measure_all(latest, STUDENT_GRID, measured / "validation-student", validation)
@@ -361,6 +384,10 @@ def main():
     (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
     write_measurements(chosen, folder / "student" / RESULTS_FILE)
     report(results, folder)
+    print(
+        f"In {folder}: report.md, distillation.json, accuracy_against_nfe.png and the student. Next, for its card: "
+        f"python -m dparallel.hub_cards.push_model {folder / 'student'} user/my-model --dry_run {folder / 'card'}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Accuracy and forward passes of a model on the held-out word problems.
 
+The task is also one for `dparallel.evaluation.sweep` and `calibrate`: `--task` with this file and `:WORD_PROBLEMS`.
+
     python examples/word_problems/evaluate_word_problems.py --model examples/word_problems/student --limit 64
     accelerate launch examples/word_problems/evaluate_word_problems.py --model examples/word_problems/student
-
-The task is also one for `dparallel.evaluation.sweep` and `calibrate`: `--task` with this file and `:WORD_PROBLEMS`.
 """
 
 import functools

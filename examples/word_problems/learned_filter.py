@@ -1,14 +1,16 @@
-"""Train Learn2PD's filter for the models in the box, and compare it with thresholds.
+"""Train Learn2PD's filter for the two example models, a teacher and its distilled student, and compare it with
+thresholds.
 
-    python examples/word_problems/any_length.py --output_dir runs/any_length         # one GPU, as the next line
-    python examples/word_problems/learned_filter.py --models runs/any_length
-    python examples/word_problems/learned_filter.py --prompts 24 --problems 8 --long_problems 0 --epochs 20   # a try
-
-The model answers training problems one token a pass, an oracle that knows these answers decodes again, and a filter
+Each model answers training problems one token a pass, an oracle that knows these answers decodes again, and a filter
 learns what the oracle accepted: the published one, which reads confidences, and one that reads more. Thresholds are
 chosen on validation problems: of each policy, the fastest whose accuracy is at most half a point below one token a
 pass. Then everything solves the test problems, in answers of up to 128 and of up to 1,024 tokens. Prints tables and
-writes JSON and the filters; what was computed is not computed again.
+writes JSON and the filters; what was computed is not computed again. The first two commands are for
+a GPU, the third is a try on a CPU.
+
+    python examples/word_problems/any_length.py --output_dir runs/any_length
+    python examples/word_problems/learned_filter.py --models runs/any_length
+    python examples/word_problems/learned_filter.py --prompts 24 --problems 8 --long_problems 0 --epochs 20
 """
 
 import json
@@ -79,8 +81,8 @@ class Study:
 
     def model(self, name):
         if name not in self.models:
-            in_the_box = HERE / {"teacher": "checkpoint", "student": "student"}[name]
-            path = self.arguments.models / name if self.arguments.models else in_the_box
+            example = HERE / {"teacher": "checkpoint", "student": "student"}[name]
+            path = self.arguments.models / name if self.arguments.models else example
             self.models[name] = load_model(path)
         return self.models[name]
 
@@ -186,12 +188,27 @@ class Study:
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/learned_filter"))
-    parser.add_argument("--models", type=Path, help="folder with `teacher` and `student`; default: those in the box")
-    parser.add_argument("--prompts", type=int, default=4096, help="that the filters learn from")
-    parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--problems", type=int, default=NUM_TEST_PROBLEMS)
-    parser.add_argument("--long_problems", type=int, default=500, help="of answers of up to 1,024 tokens; 0: none")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/learned_filter"), help="folder for tables and filters"
+    )
+    parser.add_argument(
+        "--models",
+        type=Path,
+        help="folder with models `teacher` and `student`, of any_length.py (default: the two example models)",
+    )
+    parser.add_argument(
+        "--prompts", type=int, default=4096, help="number of problems whose answers the filters learn from"
+    )
+    parser.add_argument("--epochs", type=int, default=60, help="epochs of training a filter")
+    parser.add_argument(
+        "--problems", type=int, default=NUM_TEST_PROBLEMS, help="number of test problems, from 1 to 5000"
+    )
+    parser.add_argument(
+        "--long_problems",
+        type=int,
+        default=500,
+        help="number of test problems with answers of up to 1,024 tokens; 0 leaves them out",
+    )
     arguments = parser.parse_args()
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     study = Study(arguments)
@@ -208,6 +225,10 @@ def main():
         lines.append(f"| {label} | {' | '.join(cells)} |")
     (arguments.output_dir / "report.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
+    print(
+        f"In {arguments.output_dir}: report.md, results.json and the filters. Next, to save one of them with a model: "
+        "model.set_unmasking_filter(UnmaskingFilter.from_pretrained(FOLDER)); model.save_pretrained(...)"
+    )
 
 
 if __name__ == "__main__":

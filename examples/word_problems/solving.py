@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from problems import is_correct
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dparallel.hub_cards.measurements import wilson_interval
 from dparallel.modeling import LLaDAModelLM

@@ -1,10 +1,9 @@
-"""
-The tokenizer of the word problems: every word of the generator is one token and every digit stands alone.
-
-    python examples/word_problems/tokenizer.py --output DIR
+"""The tokenizer of the word problems: every word of the generator is one token and every digit stands alone.
 
 Digits stand alone because a small model learns to add digit by digit far sooner than it learns a table of numbers.
 The bytes are part of the vocabulary, so any other text is also encoded and decoded without loss.
+
+    python examples/word_problems/tokenizer.py --output runs/tokenizer
 """
 
 from problems import PIECE_PATTERN, generate_problems
@@ -64,7 +63,10 @@ def main() -> None:
     arguments = parser.parse_args()
     tokenizer = build_tokenizer()
     tokenizer.save_pretrained(arguments.output)
-    print(f"saved a tokenizer of {len(tokenizer)} tokens in {arguments.output}")
+    print(
+        f"In {arguments.output}: a tokenizer of {len(tokenizer)} tokens. Next, to train a model that has it: "
+        "python examples/word_problems/train.py"
+    )
 
 
 if __name__ == "__main__":

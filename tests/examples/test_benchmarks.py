@@ -48,7 +48,7 @@ def run(script, flags, tmp_path):
 
 
 def test_the_decoding_benchmark_runs(tmp_path):
-    flags = "--shape box --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1"
+    flags = "--shape example --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1"
     rows, printed = run("benchmarks/decoding.py", flags, tmp_path)
     assert [row["decoding"] for row in rows] == ["plain loop", "none", "prefix", "dual", "dual,previous_block"]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
@@ -56,7 +56,7 @@ def test_the_decoding_benchmark_runs(tmp_path):
 
 
 def test_the_training_benchmark_runs(tmp_path):
-    flags = "--shape box --micro_batches 2 --length 160 --rank 4 --steps 1 --warm_up 1 --kinds plain trainer"
+    flags = "--shape example --micro_batches 2 --length 160 --rank 4 --steps 1 --warm_up 1 --kinds plain trainer"
     rows, _ = run("benchmarks/training.py", flags, tmp_path)
     assert [row["kind"] for row in rows] == ["plain", "trainer"]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
@@ -64,7 +64,9 @@ def test_the_training_benchmark_runs(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_several_devices_runs(tmp_path):
-    flags = "--shape box --processes 2 --steps 1 --warm_up 1 --global_batch 4 --micro_batch 2 --prompts 6 --answer 8"
+    flags = (
+        "--shape example --processes 2 --steps 1 --warm_up 1 --global_batch 4 --micro_batch 2 --prompts 6 --answer 8"
+    )
     flags = [*flags.split(), "--decoding_batch", "2"]
     result = scripts.run(SCALE_OUT, *flags, "--output", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr

@@ -1,5 +1,6 @@
 """The example scripts as a user runs them."""
 
+import argparse
 import ast
 import json
 import math
@@ -18,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from dparallel.hub_cards import load_measurements, push_dataset
+from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
 from tests.golden import CHECKPOINT, STUDENT
-from tests.scripts import EXAMPLES, call, load, run, start
+from tests.scripts import EXAMPLES, call, check_arguments, load, parser_of, run, split_command, start
 
 quickstart, distill, judges = load("quickstart.py"), load("distill.py"), load("judges.py")
 distillation, solving = load("word_problems/distillation.py"), load("word_problems/solving.py")
@@ -87,26 +89,37 @@ COMMANDS = [
     *(
         str(path.relative_to(EXAMPLES))
         for path in sorted(EXAMPLES.rglob("*.py"))
-        if "__main__" in path.read_text() and path.parent.name != "evaluation"
+        if "__main__" in path.read_text(encoding="utf-8") and path.parent.name != "evaluation"
     ),
-    *(f"dparallel.evaluation.{name}" for name in ("sweep", "calibrate", "plot")),
+    *(f"dparallel.evaluation.{name}" for name in ("sweep", "calibrate", "plot", "harness")),
     *(f"dparallel.hub_cards.{name}" for name in ("push_model", "push_dataset")),
 ]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_help_is_whole(name):
-    """What the command does, not cut off, and an example of it."""
-    result = call(name, "--help")
-    assert result.returncode == 0, result.stderr
-    words = " ".join(result.stdout.split())
+    """It says what the command does and what each option is, with its default, and ends in an example that is
+    right."""
     folder = EXAMPLES.parent / "hub_cards" if "hub_cards" in name else EXAMPLES / "evaluation"
     path = EXAMPLES / name if name.endswith(".py") else folder / f"{name.rpartition('.')[2]}.py"
-    documentation = ast.get_docstring(ast.parse(path.read_text()))
-    uses_trl = "TrlParser" in path.read_text() or "HfArgumentParser" in path.read_text() or name == "distill.py"
-    if not uses_trl:  # those list the fields of their dataclasses
-        assert " ".join(documentation.partition("\n\n")[0].split()) in words
-        assert path.name in words or name in words.replace("python -m ", "")
+    parser = parser_of(name)
+    first, _, rest = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n\n")
+    assert parser.description == first and parser.epilog == rest
+    formatter = parser._get_formatter()
+    for action in parser._actions:
+        if action.help is not argparse.SUPPRESS:
+            assert action.help and action.help.strip(), action.option_strings
+            assert "(default: " in formatter._expand_help(action) or (
+                action.nargs == 0 or action.required or not action.option_strings
+            ), action.option_strings
+    if isinstance(parser, CommandParser):
+        assert "(default: None)" not in parser.format_help()
+    examples = parser.format_help().replace("\\\n", "").splitlines()
+    assert examples[-1].startswith("    ") and split_command(examples[-1])[0] == name
+    for line in examples:
+        command = split_command(line) if line.startswith(("    python", "    accelerate")) else None
+        if command is not None:
+            check_arguments(*command)
 
 
 @pytest.mark.parametrize(
@@ -281,7 +294,7 @@ def test_the_picture_of_the_proof_is_drawn_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_proof_runs_and_goes_on(tmp_path):
+def test_the_distillation_study_runs_and_goes_on(tmp_path):
     flags = "--num_prompts 8 --max_steps 1 --batch_size 2 --problems 2 --seeds 0 --rounds 2 --output_dir out".split()
     variants = ["trajectory loss only", "both losses", "certainty loss only"]
     part = run("word_problems/distillation.py", *flags, "--until", "curves", "--variants", *variants[2:], cwd=tmp_path)
@@ -302,7 +315,7 @@ def test_the_proof_runs_and_goes_on(tmp_path):
     assert again.stdout.splitlines()[-12:] == result.stdout.splitlines()[-12:] and "train_loss" not in again.stdout
 
 
-def test_the_proof_says_what_a_report_needs(tmp_path):
+def test_the_distillation_study_says_what_a_report_needs(tmp_path):
     result = call("word_problems/distillation.py", "--seeds", 1, cwd=tmp_path)
     assert result.returncode == 2 and "a report needs seed 0" in result.stderr
 

@@ -163,7 +163,7 @@ def test_the_script_makes_page_and_picture(tmp_path):
         "teacher, confidence, steps 128: 59 tokens in 64 forward passes",
         "teacher, confidence_threshold, threshold 0.9: 59 tokens in 22 forward passes",
         "student, entropy_threshold, threshold 0.1: 60 tokens in 6 forward passes",
-        "see decoding.html and decoding.png",
+        "In decoding.html and decoding.png: the page and the picture. Next: open the page in a browser.",
     ]
     assert {each.name for each in tmp_path.iterdir()} == {"decoding.html", "decoding.png"}
 

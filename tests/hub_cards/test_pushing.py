@@ -401,13 +401,14 @@ torch.save(model(torch.arange(300, 320)[None]).logits.detach(), sys.argv[1])
 
 
 def test_the_example(hub, word_model):
-    result = call("push_to_hub.py", CHECKPOINT, "user/box")
+    result = call("push_to_hub.py", CHECKPOINT, "user/example")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.splitlines()[-1] == f"{hub.url}/user/box/commit/{repo(hub, name='user/box').head()}"
+    pushed = f"{hub.url}/user/example/commit/{repo(hub, name='user/example').head()}"
+    assert result.stdout.splitlines()[-1].startswith(f"Pushed as {pushed}. Next: ")
     code = """
 from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer = AutoTokenizer.from_pretrained("user/box", trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained("user/box", trust_remote_code=True, dtype="float32")
+tokenizer = AutoTokenizer.from_pretrained("user/example", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("user/example", trust_remote_code=True, dtype="float32")
 print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sample=False).tolist())
 """
     ids = AutoTokenizer.from_pretrained(CHECKPOINT)("Sam has 3 books.", return_tensors="pt")

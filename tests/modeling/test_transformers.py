@@ -1,4 +1,4 @@
-"""The model in the box through what users have: remote code, pipelines, streamers."""
+"""The example model through what users have: remote code, pipelines, streamers."""
 
 import itertools
 import json

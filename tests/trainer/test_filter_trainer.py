@@ -157,7 +157,7 @@ def test_wrong_rows_and_settings(tmp_path):
 
 
 def test_from_prompts_to_faster_decoding(word_model, word_tokenizer, tmp_path):
-    """The whole way with the model in the box: its filter needs fewer passes, and keeps the answers."""
+    """The whole way with the example model: its filter needs fewer passes, and keeps the answers."""
     questions = [
         f"Tom has {i} apples . He buys {i % 5 + 2} more . How many apples does he have ?" for i in range(3, 19)
     ]

@@ -8,7 +8,7 @@ import time
 import pytest
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from dparallel.trainer.resumable_shards import map_in_shards
 

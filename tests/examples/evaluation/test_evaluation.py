@@ -67,7 +67,7 @@ def test_word_problems_from_the_shell(tmp_path):
     arguments = ["--model", STUDENT, "--limit", 4, "--batch-size", 4, "--output-dir", tmp_path / "out"]
     result = run(WORD_PROBLEMS_SCRIPT, *arguments)
     assert result.returncode == 0, result.stderr
-    row = "| Word problems, 4 | student | as shipped: `entropy_threshold`, threshold 0.1 | "
+    row = "| Word problems, 4 | student | as saved with the model: `entropy_threshold`, threshold 0.1 | "
     assert row in result.stdout and "| 100.0 (51.0 to 100.0) |" in result.stdout
     assert "right=" in result.stderr and "NFE=" in result.stderr
     result = load_measurements(tmp_path / "out" / "results.json")[0]
@@ -250,7 +250,7 @@ def test_references_of_gsm8k_before_another_question():
 
 
 def test_decoding_stops_at_a_question_of_the_models_own(word_model, word_tokenizer, questions, tmp_path):
-    """The model in the box writes no questions: any word that it does write does for one."""
+    """The example model writes no questions: any word that it does write does for one."""
     arguments = {"data": questions, "max_new_tokens": 128, "unmasking": "entropy_threshold", "threshold": 0.1}
     task = replace(GSM8K, ask=lambda row: row["question"], stop_strings=())
     whole = evaluate_task(task, word_model, word_tokenizer, tmp_path / "whole", **arguments)

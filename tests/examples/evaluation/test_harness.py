@@ -77,7 +77,7 @@ def test_policies_and_batches(tasks, word_model, word_tokenizer):
 
 
 def test_answers_have_the_checkpoints_length_unless_the_task_says(tasks, word_model, word_tokenizer):
-    """Of 128 tokens, which the model in the box learned; with the harness's 256 it errs."""
+    """Of 128 tokens, which the example model learned; with the harness's 256 it errs."""
     path, lengths = tasks / "word_problems.yaml", []
     text = path.read_text()
 

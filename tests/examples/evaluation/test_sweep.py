@@ -1,4 +1,4 @@
-"""Sweeps and calibration, from the shell on the model in the box, and their arithmetic on points that are made up."""
+"""Sweeps and calibration, from the shell on the example model, and their arithmetic on points that are made up."""
 
 import json
 import random

@@ -1,10 +1,10 @@
 """A picture of measurements: accuracy against forward passes, and against seconds.
 
-    python -m dparallel.evaluation.plot runs/sweep/results.json
-    python -m dparallel.evaluation.plot examples/word_problems/student/sweep.json --title "the student"
-
 Nothing is computed anew. The picture lies beside the file, under its name, unless `--output` says where. A policy has
 the same colour in every picture.
+
+    python -m dparallel.evaluation.plot runs/sweep/results.json
+    python -m dparallel.evaluation.plot examples/word_problems/student/sweep.json --title "the student"
 """
 
 import itertools
@@ -230,8 +230,11 @@ def _box(centres, size):
 def main():
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.plot")
     parser.add_argument("results", type=Path, help="what a sweep or an evaluation wrote: results.json")
-    parser.add_argument("--output", type=Path, help="the picture; default: beside the results, as .png")
-    parser.add_argument("--title", help="default: checkpoint, task, examples, hardware and date of the first point")
+    parser.add_argument("--output", type=Path, help="where the picture goes (default: beside the results, as .png)")
+    parser.add_argument(
+        "--title",
+        help="what stands above it (default: checkpoint, task, examples, hardware and date of the first point)",
+    )
     arguments = parser.parse_args()
     output = arguments.output or arguments.results.with_suffix(".png")
     with plain_errors(ValueError, OSError):

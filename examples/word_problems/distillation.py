@@ -302,7 +302,9 @@ def main():
     parser.add_argument(
         "--num_proc", type=int, help="number of processes that generate and tokenize problems (default: one)"
     )
-    parser.add_argument("--redraw", type=Path, help=f"a folder with {RESULTS}: draw {PICTURE} there, and nothing else")
+    parser.add_argument(
+        "--redraw", type=Path, help=f"folder with a {RESULTS}, for which only {PICTURE} is drawn (default: none)"
+    )
     arguments = parser.parse_args()
     if arguments.redraw is not None:
         with plain_errors(OSError, ValueError):

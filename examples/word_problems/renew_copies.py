@@ -1,9 +1,9 @@
 """Renew what the two model folders beside this file hold copies of: the remote code, which is that of `modeling/`, and
 the student's configuration and tokenizer, which are the teacher's.
 
-    python examples/word_problems/renew_copies.py
-
 They are copies and not links, since a checkout on Windows has no links. A test compares them with the originals.
+
+    python examples/word_problems/renew_copies.py
 """
 
 import shutil

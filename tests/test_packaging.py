@@ -7,7 +7,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import yaml
 from packaging.utils import canonicalize_name
+
+from dparallel.hub_cards.model_cards import PAPERS
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,6 +39,19 @@ def test_remote_code_names_its_licence_and_version():
         assert first == f"# SPDX-License-Identifier: {licence}; dparallel {version}", (
             f"{path.name}: run `sed -i '1s/dparallel .*/dparallel {version}/' modeling/*.py`"
         )
+
+
+def test_the_citation_has_the_papers_of_the_cards():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "title", "message", "authors"} <= citation.keys() and citation["license"] == "Apache-2.0"
+    cited = {
+        (each["title"], each["url"].rpartition("/")[2]): " and ".join(
+            f"{author['family-names']}, {author['given-names']}" for author in each["authors"]
+        )
+        for each in citation["references"]
+    }
+    for title, arxiv, authors in PAPERS.values():
+        assert cited[title, arxiv] == authors
 
 
 def test_a_checkout_that_is_not_installed_has_a_version():

@@ -4,7 +4,8 @@
     python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \\
         --decoding unmasking=confidence_threshold,threshold=0.9 --decoding '{"unmasking": "margin", "steps": 64}'
 
-The picture needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
+The page opens finished; with `#play` behind its address it plays by itself. The picture needs matplotlib (`pip install
+".[eval]"`); without it, there is the page alone.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Show how answers come about: a page that plays the decoding pass by pass, and a picture for a README.
 
 Without `--model` the two example models of this repository decode: the teacher one token a pass and by a threshold,
-and its distilled student. The picture needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
+and its distilled student. The page opens finished; with `#play` behind its address it plays by itself. The picture
+needs matplotlib (`pip install ".[eval]"`); without it, there is the page alone.
 
     python examples/visualize.py
     python examples/visualize.py --model user/repo --prompt "What is 17 * 23?" --output decoding.html \\

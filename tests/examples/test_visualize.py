@@ -259,9 +259,10 @@ class Browser:
         assert "error" not in reply, reply
         return reply["result"]
 
-    def open(self, path):
+    def open(self, path, fragment=""):
         self.complaints.clear()
-        self.send("Page.navigate", url=path.as_uri())
+        self.send("Page.navigate", url="about:blank")  # else, with another fragment, the page is not loaded again
+        self.send("Page.navigate", url=path.as_uri() + fragment)
         # Not the event that says so, which may have come before the reply.
         loaded = "new Promise((done) => document.readyState === 'complete' ? done() : addEventListener('load', done))"
         self.run(f"{loaded}.then(() => null)")
@@ -309,6 +310,7 @@ ANSWERS = "[...document.querySelectorAll('.answer')].map((each) => each.innerTex
 WRITTEN = "[...document.querySelectorAll('.panel')].map((each) => each.querySelectorAll('.written').length)"
 NOW = "[...document.querySelectorAll('.panel')].map((each) => each.querySelectorAll('.now').length)"
 COLOURS = "[...document.querySelectorAll('.panel .token')].map((each) => getComputedStyle(each).backgroundColor)"
+HEADLINE = "['headline', 'between'].map((id) => document.getElementById(id).innerText)"
 STATUS = "[...document.querySelectorAll('.status')].map((each) => each.innerText)"
 
 
@@ -330,7 +332,8 @@ def test_page_plays_the_decoding(browser, page):
     traces = browser.run("data.traces")
     answers = ["".join(token["text"] for token in each["tokens"]) for each in traces]
     assert all("The answer is 20." in answer for answer in answers)
-    assert browser.run("[slider.value, slider.max]") == ["0", "64"]
+    assert browser.run("[slider.value, slider.max, play.textContent]") == ["64", "64", "Play"], "it opens finished"
+    assert browser.run(ANSWERS) == answers
     for position in (0, 3, 6, 22, 40, 64):
         move_to(browser, position)
         steps = [[token["pass"] - 1 for token in each["tokens"]] for each in traces]
@@ -341,6 +344,9 @@ def test_page_plays_the_decoding(browser, page):
             assert position or not text.strip(), "all masked"
             is_done = position >= each["passes"]
             assert (text == answer) == is_done == (status == f"done after pass {each['passes']}")
+    assert browser.run(HEADLINE) == [
+        "64 → 6 passes", "teacher, confidence, steps 128 → student, entropy_threshold, threshold 0.1"
+    ]  # fmt: skip
     heads = browser.run("[...document.querySelectorAll('.numbers')].map((each) => each.innerText)")
     assert heads[2] == "forward passes 6, tokens per pass 10.0"
     assert browser.run("slider.getAttribute('aria-valuetext')") == "after pass 64 of 64"
@@ -390,6 +396,8 @@ def test_page_by_keyboard(browser, page):
     browser.open(page)
     focus = "document.activeElement"
     browser.run("slider.focus()")
+    browser.press("Home", 36)
+    browser.expect(f"[slider.value, {NOW}[0]]", ["0", 0])
     browser.press("ArrowRight", 39)
     browser.expect(f"[slider.value, {NOW}[0]]", ["1", 1])
     browser.press("End", 35)
@@ -416,21 +424,68 @@ def test_page_plays(browser, tmp_path, word_tokenizer):
     output = make_output(word_tokenizer, "26 beads.", [1, 0, 1, 2, 4])
     page = tmp_path / "page.html"
     page.write_text(to_html([trace(output, 1, word_tokenizer, 2)], "How many?"), encoding="utf-8")
+    # Ten times faster, and each position that is shown is written down, from the page's first moment on.
+    script = """
+        const interval = setInterval, seen = [];
+        setInterval = (f, ms) => interval(f, ms / 10);
+        new MutationObserver(() => seen.push(slider.value)).observe(
+            document, { attributes: true, attributeFilter: ["aria-valuetext"], subtree: true });
+    """
+    script = browser.send("Page.addScriptToEvaluateOnNewDocument", source=script)
+    state = "[play.textContent, slider.value, seen.join('')]"
     browser.open(page)
-    every_step = """new Promise((done) => {
-        const seen = [];
-        const watch = new MutationObserver(() => {
-            seen.push(slider.value);
-            if (play.textContent === 'Play') { watch.disconnect(); done(seen); }
-        });
-        watch.observe(slider, { attributes: true });
-        play.click();
-    })"""
-    faster = "const interval = setInterval; setInterval = (f, ms) => interval(f, ms / 10);"
-    assert browser.run(f"{faster} play.click(); play.textContent") == "Pause"
-    browser.expect("[play.textContent, slider.value]", ["Play", "5"])
-    assert browser.run(every_step) == list("012345"), "again from the start"
+    browser.expect(state, ["Play", "5", "5"])
+    assert browser.run("play.click(); play.textContent") == "Pause"
+    browser.expect(state, ["Play", "5", "5012345"])
+    browser.run("play.click()")
+    browser.expect(state, ["Play", "5", "5012345012345"])
     assert browser.run("play.click(); play.click(); [play.textContent, slider.value]") == ["Play", "0"]
+    browser.open(page, "#play")
+    browser.expect(state, ["Play", "5", "012345"])
+    browser.open(page, "#prompt")
+    browser.expect(state, ["Play", "5", "5"])
+    browser.run("location.hash = '#play'")
+    browser.expect(state, ["Play", "5", "5012345"])
+    browser.send("Page.removeScriptToEvaluateOnNewDocument", identifier=script["identifier"])
+    assert browser.complaints == []
+
+
+@pytest.mark.parametrize(
+    ("passes", "headline"),
+    [
+        ([5], "5 passes"), ([1], "1 pass"), ([4, 4], "4 passes"), ([9, 1], "9 → 1 pass"), ([2, 7, 3], "7 → 2 passes"),
+        ([1, 1], "1 pass"),
+    ],
+)  # fmt: skip
+def test_headline(browser, passes, headline, tmp_path, word_tokenizer):
+    """The most and the fewest passes, and whose they are; of one model its own number alone."""
+    outputs = [make_output(word_tokenizer, "26 beads.", [0, 0, 0, 0, count - 1]) for count in passes]
+    traces = [trace(output, 1, word_tokenizer, 2, model=f"m{i}") for i, output in enumerate(outputs)]
+    traces = [each | {"decoding": "fast"} for each in traces]
+    (tmp_path / "page.html").write_text(to_html(traces, "How many?"), encoding="utf-8")
+    browser.open(tmp_path / "page.html")
+    ends = [f"m{passes.index(end(passes))}, fast" for end in (max, min)]
+    assert browser.run(HEADLINE) == [headline, " → ".join(ends) if "→" in headline else ""]
+    size = "parseFloat(getComputedStyle(document.querySelector('{}')).fontSize)"
+    assert browser.run(size.format("#headline")) > 2 * browser.run(size.format("body"))
+
+
+def test_masked_looks_like_no_colour(browser, page):
+    """Hatched, which no written token is: neither without colours nor in the dark is it taken for a sure one."""
+    browser.open(page)
+    look = """[true, false].map((written) => [...document.querySelectorAll('.panel .token')]
+        .filter((each) => each.classList.contains('written') === written)
+        .map((each) => getComputedStyle(each).backgroundImage.replace(/\\(.*/, '')))"""
+    for scheme in ("light", "dark"):
+        browser.prefer(scheme)
+        for colour in ("pass", "certainty"):
+            browser.run(f"document.querySelector('[value={colour}]').click()")
+            for position in (0, 5, 64):
+                move_to(browser, position)
+                written, masked = browser.run(look)
+                assert len(written) == sum(browser.run(WRITTEN)) and len(written) + len(masked) == 192
+                assert set(written) <= {"none"} and set(masked) <= {"repeating-linear-gradient"}
+    browser.prefer("light")
     assert browser.complaints == []
 
 
@@ -444,9 +499,10 @@ def test_page_takes_any_token(browser, tmp_path, word_tokenizer):
     assert browser.run("document.querySelectorAll('img, i, b:not(.numbers b)').length") == 0
     heads = browser.run("['#prompt', 'h2'].map((each) => document.querySelector(each).innerText)")
     assert heads == ["<b>?</b>", "<i>m</i>"]
+    assert browser.run(ANSWERS) == [text]
+    move_to(browser, 0)
     assert not browser.run(ANSWERS)[0].strip()
     move_to(browser, len(steps))
-    assert browser.run(ANSWERS) == [text]
     marks = browser.run("[...document.querySelectorAll('[data-mark]')].map((each) => each.dataset.mark)")
     assert {"↵", "⇥", "…", "U+200B", "<|endoftext|>"} <= set(marks)
     assert "3 positions never written" in browser.run("document.querySelector('.tail').innerText")
@@ -468,5 +524,6 @@ def test_page_of_one_model_on_a_phone(browser, tmp_path):
     move_to(browser, 40)
     assert browser.run(WRITTEN)[0] == 40
     assert browser.run("document.documentElement.scrollWidth") <= 360, "nothing to scroll sideways"
+    assert browser.run("document.getElementById('controls').offsetHeight") <= 740 / 5, "room for the answers below"
     browser.send("Emulation.clearDeviceMetricsOverride")
     assert browser.complaints == []

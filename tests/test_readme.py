@@ -241,9 +241,7 @@ def test_the_commands_are_understood(page, tmp_path):
             assert set(arguments) <= set(targets), where
         elif words[0] == "pip":
             extras = re.findall(r"\[([\w,-]+)\]", where)
-            assert {name for each in extras for name in each.split(",")} <= set(project["optional-dependencies"]), (
-                where
-            )
+            assert {name for each in extras for name in each.split(",")} <= set(declared), where
         elif (command := split_command(words)) is not None:
             check_arguments(*command)
 

@@ -79,20 +79,18 @@ def parser_of(name, *arguments) -> argparse.ArgumentParser:
     return found[0]
 
 
-def split_command(line) -> tuple[str, list[str]] | None:
-    """A line of a shell that runs a script of `examples/` or a module of ours: its name, as `call` takes it, and its
-    arguments; None for any other line.
+def split_command(words) -> tuple[str, list[str]] | None:
+    """A command of a shell that runs a script of `examples/` or a module of ours: its name, as `call` takes it, and
+    its arguments; None for any other.
 
     Raises:
         ValueError: if `accelerate launch` does not take what it is given, or if there is no such script.
     """
-    words = shlex.split(line, comments=True)
-    while words and "=" in words[0]:  # variables of the environment
-        del words[0]
+    line = shlex.join(words)
     if words[:2] == ["accelerate", "launch"]:
         launch = _parse(launch_command_parser(), words[2:], line)
         words = ["python", *(["-m"] if launch.module else []), launch.training_script, *launch.training_script_args]
-    if not words or Path(words[0]).name not in ("python", "python3") or len(words) == 1:
+    if Path(words[0]).name not in ("python", "python3") or len(words) == 1:
         return None
     if words[1] == "-m":
         return (words[2], words[3:]) if words[2].startswith("dparallel.") else None

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shlex
 import shutil
 import time
 from pathlib import Path
@@ -115,9 +116,9 @@ def test_help_is_whole(name):
     if isinstance(parser, CommandParser):
         assert "(default: None)" not in parser.format_help()
     examples = parser.format_help().replace("\\\n", "").splitlines()
-    assert examples[-1].startswith("    ") and split_command(examples[-1])[0] == name
+    assert examples[-1].startswith("    ") and split_command(shlex.split(examples[-1]))[0] == name
     for line in examples:
-        command = split_command(line) if line.startswith(("    python", "    accelerate")) else None
+        command = split_command(shlex.split(line)) if line.startswith(("    python", "    accelerate")) else None
         if command is not None:
             check_arguments(*command)
 

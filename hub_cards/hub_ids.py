@@ -21,7 +21,7 @@ def looks_like_hub_id(name: object) -> bool:
 
 def is_hub_id(name: object) -> bool:
     """Is it a Hub id, and no folder of this machine?"""
-    return bool(name) and looks_like_hub_id(name) and not Path(name).exists()
+    return bool(name) and looks_like_hub_id(name) and not Path(str(name)).exists()
 
 
 def file_of(source: str | Path, name: str, revision: str | None = None) -> str | None:

@@ -81,7 +81,7 @@ class DiffusionGenerationOutput(ModelOutput):
     @property
     def num_tokens(self) -> torch.LongTensor:
         """Tokens of each answer up to and including the first end-of-text, (B,)."""
-        return (self.tokens_per_forward * self.num_forward_passes).round().long()
+        return (self.tokens_per_forward * self.num_forward_passes).round().long()  # type: ignore[operator]
 
 
 class DiffusionGenerationMixin(GenerationMixin):

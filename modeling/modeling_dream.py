@@ -7,6 +7,7 @@ Module names are those of the official checkpoints, which are Qwen2's.
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ ALGORITHMS = {
     "entropy": ("entropy", "linear_time"),
 }
 # What else it takes that `generate` does not, or means otherwise, with the official defaults.
-OFFICIAL_DEFAULTS = {
+OFFICIAL_DEFAULTS: dict[str, Any] = {
     "alg": "origin",
     "alg_temp": None,
     "steps": 512,

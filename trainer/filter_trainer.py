@@ -230,12 +230,11 @@ def acceptance_rates(accepts_by: UnmaskingFilter | str, records: Dataset, thresh
     """How often a filter, or a threshold on a statistic ("confidence", "margin"), errs on masked positions:
     `false_accept`, the share of the predictions that are not final which it accepts, and `false_reject`, the share of
     the final ones which it does not, for each threshold."""
-    is_filter = isinstance(accepts_by, UnmaskingFilter)
-    device = accepts_by.eval().device if is_filter else torch.device("cpu")
+    device = accepts_by.eval().device if isinstance(accepts_by, UnmaskingFilter) else torch.device("cpu")
     probability, label = [], []
     for batch in records.with_format("torch", device=str(device)).iter(8192):
         masked = batch["masked"].bool()
-        if is_filter:
+        if isinstance(accepts_by, UnmaskingFilter):
             with torch.no_grad():
                 seen = {name: batch[name] for name in (*STATISTICS, "masked", "token")}
                 scores = accepts_by(**seen)["logits"].sigmoid()

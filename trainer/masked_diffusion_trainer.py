@@ -4,6 +4,7 @@ import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -29,6 +30,7 @@ from .checkpoints import (
     load_weights,
     plain_name,
 )
+from .diffusion_training_config import DiffusionTrainingConfig
 from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
@@ -108,7 +110,7 @@ class MaskedDiffusionTrainer(Trainer):
     _name = "masked diffusion training"
     _paper = {"title": "Large Language Diffusion Models", "id": "2502.09992"}
     _tag_names = ["dparallel", "diffusion", "dllm"]
-    _config_class = MaskedDiffusionConfig
+    _config_class: type[DiffusionTrainingConfig] = MaskedDiffusionConfig
 
     def __init__(
         self,
@@ -132,17 +134,16 @@ class MaskedDiffusionTrainer(Trainer):
         if not isinstance(args, self._config_class):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be a {self._config_class.__name__}.")
         set_seed(args.seed)
+        init_kwargs: Any = args.model_init_kwargs or {}  # JSON of a command is a dict by now
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         elif args.model_init_kwargs is not None:
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
         args = args.completed(model.config.model_type)
         if processing_class is None:
-            source = {
-                k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
-            }
+            source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             processing_class = self._tokenizer_of(model, source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")

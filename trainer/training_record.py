@@ -43,8 +43,8 @@ def training_record(trainer, datasets) -> dict:
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     values = args.to_dict()  # plain ones: "cosine" for SchedulerType.COSINE
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    used = [name for name in ARGUMENTS if name != ("num_train_epochs" if args.max_steps > 0 else "max_steps")]
-    used = {name: values[name] for name in used if values[name] is not False}
+    names = [name for name in ARGUMENTS if name != ("num_train_epochs" if args.max_steps > 0 else "max_steps")]
+    used = {name: values[name] for name in names if values[name] is not False}
     used |= {name: values[name] for name in own if name not in NOT_OF_THE_METHOD}
     arguments = {name: value for name, value in used.items() if value is not None}
     batch_size = trainer.get_total_train_batch_size(args)  # which `auto_find_batch_size` may have made smaller

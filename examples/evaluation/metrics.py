@@ -5,6 +5,7 @@ NumericAnswer().compute(predictions=["... so it is 1,234."], references=["#### 1
 
 import math
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import datasets
 import evaluate
@@ -32,7 +33,7 @@ def same_number(prediction, reference) -> bool:
     if number is None or expected is None:
         return False
     is_whole = number.denominator == expected.denominator == 1
-    return number == expected or (not is_whole and abs(number - expected) <= max(1, abs(expected)) / 10**6)
+    return number == expected or (not is_whole and abs(number - expected) <= max(Fraction(1), abs(expected)) / 10**6)
 
 
 def same_formula(prediction, reference) -> bool:

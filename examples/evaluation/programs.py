@@ -62,10 +62,13 @@ def called_names(tests) -> list[str]:
     tree = _parse(tests)
     if not isinstance(tree, ast.Module):
         return []
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    calls.sort(key=lambda call: (call.lineno, call.col_offset))
+    calls = sorted(
+        (node.lineno, node.col_offset, node.func.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    )
     known = set(dir(builtins)) | _bound(tests)
-    return [name for name in dict.fromkeys(call.func.id for call in calls) if name not in known]
+    return [name for name in dict.fromkeys(name for _, _, name in calls) if name not in known]
 
 
 # Where a program may be

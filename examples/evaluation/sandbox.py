@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 GRACE = 30.0  # seconds on top of the timeout, after which also the process of the tests is given up
@@ -105,7 +106,7 @@ def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
         environment = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:  # where some installations have Python's own library
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
             try:
                 output, errors = process.communicate(source + task, timeout + GRACE)

@@ -21,6 +21,7 @@ from .command_line import add_data_arguments, add_model_arguments, data_argument
 from .evaluation import check_decoding, evaluate_task, seconds_of, write_measurements
 from .metrics import accuracy_under_parallelism
 
+EVALUATION_ARGUMENTS = frozenset(evaluate_task.__kwdefaults__ or ())  # the others are of generate()
 DEFAULT_GRID = {
     "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
     "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.5],
@@ -70,7 +71,7 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **argumen
     Returns:
         list of `Measurement`, with seconds where a point was decoded in one go.
     """
-    own = {name: value for name, value in arguments.items() if name in evaluate_task.__kwdefaults__}
+    own = {name: value for name, value in arguments.items() if name in EVALUATION_ARGUMENTS}
     points = []
     for name, decoding in decodings_of(model, grid, caches=caches, **arguments).items():
         folder = Path(output_dir) / name
@@ -87,7 +88,7 @@ def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]
     Raises:
         ValueError: if one of them is wrong for the model.
     """
-    common = {name: value for name, value in arguments.items() if name not in evaluate_task.__kwdefaults__}
+    common = {name: value for name, value in arguments.items() if name not in EVALUATION_ARGUMENTS}
     found = {}
     for unmasking, cache in itertools.product(grid, caches):
         for value in grid[unmasking]:

@@ -162,7 +162,7 @@ class Task:
                 raise ValueError(
                     f"`num_fewshot={count!r}` is not allowed: there are {len(examples)} rows of examples."
                 )
-            shots = [f"{self.ask(row)}{self.solve(row)}" for row in examples.select(range(self.first_example, last))]
+            shots = [f"{self.ask(row)}{self.solve(row)}" for row in examples.select(range(self.first_example, last))]  # type: ignore[misc]
             if (split or self.split) == self.example_split:
                 rows = rows.select([i for i in range(len(rows)) if not self.first_example <= i < last])
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
@@ -182,7 +182,7 @@ def _solve_gsm8k(row):
     return f" {reasoning.strip()} The answer is \\boxed{{{number.strip()}}}."
 
 
-GSM8K = Task(
+GSM8K: Task = Task(
     name="GSM8K",
     dataset="openai/gsm8k",
     subsets=("main",),
@@ -196,7 +196,7 @@ GSM8K = Task(
     is_right=lambda row, text: same_number(GSM8K.first_answer(text), row["answer"]),
     stop_strings=("\nQuestion:",),
 )
-MATH = Task(
+MATH: Task = Task(
     name="MATH",
     dataset="EleutherAI/hendrycks_math",
     subsets=MATH_SUBJECTS,

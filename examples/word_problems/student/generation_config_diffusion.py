@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from .unmasking import POLICIES, SCHEDULES
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "block_length": 32,
     "unmasking": "confidence_threshold",
     "schedule": "even",

@@ -337,7 +337,8 @@ def fused_attention(query, key, value, mask, scaling):
     partial = sums = maxima = out
     if parts > 1:
         shape, options = (batch_size, heads, parts, rows), {"dtype": torch.float32, "device": query.device}
-        partial, sums, maxima = torch.empty(*shape, size, **options), *torch.empty(2, *shape, **options)
+        partial = torch.empty(*shape, size, **options)
+        sums, maxima = torch.empty(2, *shape, **options)
     _partial_attention[parts, heads, batch_size](
         query, key, value, query if mask is None else mask, partial, sums, maxima, seen, queries, groups,
         scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
@@ -397,7 +398,7 @@ def _write(token, confidence, accepted, block_start, eos, ids, undecided, unmask
 def fused_write(canvas, statistics, accepted):
     """`Canvas.write` and what follows from it, where no end-of-text is predicted. A program reads what it overwrites:
     one warp, so that none is ahead of another."""
-    eos, batch_size, length = canvas.eos, *canvas.undecided.shape
+    eos, (batch_size, length) = canvas.eos, canvas.undecided.shape
     _write[batch_size,](
         statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.block_start,
         canvas.ids if eos is None else eos, canvas.ids, canvas.undecided, canvas.unmasking_step,

@@ -6,7 +6,9 @@ it.
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -19,12 +21,14 @@ class CommandParser(argparse.ArgumentParser):
         settings: of `ArgumentParser`.
     """
 
-    def __init__(self, documentation: str, **settings):
+    def __init__(self, documentation: str, **settings: Any):
         description, _, rest = documentation.strip().partition("\n\n")
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, epilog=rest, formatter_class=formatter, **settings)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._with_underscores(str(word)) for word in words], namespace)
 
@@ -35,7 +39,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def plain_errors(*kinds):
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors that are the user's: a line instead of a traceback."""
     try:
         yield

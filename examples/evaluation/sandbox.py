@@ -33,7 +33,7 @@ class Verdict:
     reason: str
 
 
-def require_permission():
+def require_permission() -> None:
     """Raises a PermissionError unless the environment variable HF_ALLOW_CODE_EVAL is "1" (as for code_eval of Hugging
     Face's `evaluate`), and a RuntimeError on another platform than Linux."""
     if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
@@ -45,7 +45,7 @@ def require_permission():
         raise RuntimeError(f"Only Linux is supported for running generated code, not {sys.platform}.")
 
 
-def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
+def run_tests(program: str, tests: str, *, timeout: float = 10.0, memory: int = 512) -> Verdict:
     """Run a program that nobody has read, confined, and then tests that call what it defines.
 
     Program and tests run in two processes, which exchange plain values: a test calls a function of the program by a

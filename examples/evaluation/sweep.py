@@ -8,18 +8,22 @@ was; a point that was decoded in two parts has no seconds.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.modeling import POLICIES
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
 from .evaluation import check_decoding, evaluate_task, seconds_of, write_measurements
 from .metrics import accuracy_under_parallelism
+from .tasks import Task
 
 EVALUATION_ARGUMENTS = frozenset(evaluate_task.__kwdefaults__ or ())  # the others are of generate()
 DEFAULT_GRID = {
@@ -29,12 +33,12 @@ DEFAULT_GRID = {
 }
 
 
-def number_of(unmasking) -> str:
+def number_of(unmasking: str) -> str:
     """The argument of `generate()` that says how fast a policy is."""
     return "steps" if POLICIES[unmasking].is_scheduled else "threshold"
 
 
-def parse_grid(words) -> dict[str, list[float]]:
+def parse_grid(words: Iterable[str]) -> dict[str, list[float]]:
     """["entropy_threshold=0.1,0.3", ...] to {"entropy_threshold": [0.1, 0.3], ...}.
 
     Raises:
@@ -59,7 +63,16 @@ def parse_grid(words) -> dict[str, list[float]]:
     return grid
 
 
-def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **arguments) -> list:
+def sweep(
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    grid: dict[str, list[float]],
+    *,
+    caches: Sequence[str | None] = (None,),
+    **arguments: Any,
+) -> list:
     """Evaluate a model at every point of a grid.
 
     Args:
@@ -80,7 +93,9 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **argumen
     return points
 
 
-def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]:
+def decodings_of(
+    model: PreTrainedModel, grid: dict[str, list[float]], *, caches: Sequence[str | None] = (None,), **arguments: Any
+) -> dict[str, dict]:
     """The points of a grid, see `sweep`: a name for each, and its arguments of `generate()`.
 
     Those that `arguments` has are in all of them, but a cache's not where there is none.
@@ -102,12 +117,12 @@ def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]
     return found
 
 
-def folder_name(decoding, names) -> str:
+def folder_name(decoding: dict[str, Any], names: Iterable[str]) -> str:
     """Of the evaluation at a point of a grid, which has arguments of these names."""
     return "-".join(str(decoding[name]) for name in names)
 
 
-def curves(points) -> dict[str, list]:
+def curves(points: list[Measurement]) -> dict[str, list]:
     """Points by policy and cache, the fastest first."""
     found = {}
     for point in points:
@@ -117,7 +132,7 @@ def curves(points) -> dict[str, list]:
     return {label: sorted(line, key=lambda point: point.nfe) for label, line in found.items()}
 
 
-def aup(lines) -> dict[str, float]:
+def aup(lines: dict[str, list[Measurement]]) -> dict[str, float]:
     """AUP of each curve, by its name; the best accuracy is that of all points."""
     best = 100 * max(point.accuracy for line in lines.values() for point in line)
     return {
@@ -126,7 +141,7 @@ def aup(lines) -> dict[str, float]:
     }
 
 
-def to_table(points) -> str:
+def to_table(points: list[Measurement]) -> str:
     rows = ["| decoding | NFE | TPF | seconds | accuracy % (95% interval) |", "| --- " * 5 + "|"]
     for point in points:
         taken = "" if point.seconds is None else f"{point.seconds:.1f}"
@@ -134,7 +149,7 @@ def to_table(points) -> str:
     return "\n".join(rows)
 
 
-def plot(lines, path, title, bar=None):
+def plot(lines: dict[str, list[Measurement]], path: str | Path, title: str, bar: float | None = None) -> None:
     """A PNG: accuracy against NFE, and against seconds if all points have them; AUP in the legend.
 
     Args:
@@ -150,7 +165,7 @@ def plot(lines, path, title, bar=None):
         del shown["seconds"]
     best = 100 * max(point.accuracy for point in points)
     figure = Figure(figsize=(5.5 * len(shown), 5) if len(shown) > 1 else (8, 5.5), layout="constrained")
-    panels = figure.subplots(1, len(shown), squeeze=False)[0]
+    panels: Any = figure.subplots(1, len(shown), squeeze=False)[0]
     for axes, (name, label) in zip(panels, shown.items(), strict=True):
         axes.set_prop_cycle(
             cycler(linestyle=["-", "--", ":"]) * cycler(color=["tab:blue", "tab:orange", "tab:green", "tab:red"])
@@ -172,7 +187,7 @@ def plot(lines, path, title, bar=None):
     figure.savefig(path, dpi=130)
 
 
-def main():
+def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.sweep")
     parser.add_argument("--task", required=True, help="gsm8k, math, mbpp, humaneval, or path.py:NAME")
     add_model_arguments(parser)

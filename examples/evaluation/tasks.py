@@ -69,7 +69,7 @@ class Task:
     max_new_tokens: int = 256
     runs_code: bool = False
 
-    def load(self, split=None, data=None) -> Dataset:
+    def load(self, split: str | None = None, data: str | Path | None = None) -> Dataset:
         """The rows of a split: from `data` or the folder DPARALLEL_DATA, if either is given, else from the Hub.
 
         Args:
@@ -99,7 +99,7 @@ class Task:
             raise ValueError(f"{self.name}: the rows of {source} lack the columns {missing}.")
         return rows
 
-    def first_answer(self, text) -> str:
+    def first_answer(self, text: str) -> str:
         """A text up to the first of `stop_strings`, as models without chat training, or with examples before them, go
         on with a question of their own. One that nothing stands before which could be an answer, such as where a model
         repeats the question, is no end."""
@@ -108,7 +108,7 @@ class Task:
                 return text[: match.start()]
         return text
 
-    def require_sandbox(self):
+    def require_sandbox(self) -> None:
         """Raises `PermissionError` or another error if answers are programs, and those may not or cannot be run."""
         if self.runs_code:
             run_tests("", "assert True")
@@ -135,7 +135,14 @@ class Task:
             raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
         return path
 
-    def questions(self, *, split=None, data=None, limit=None, num_fewshot=None) -> Dataset:
+    def questions(
+        self,
+        *,
+        split: str | None = None,
+        data: str | Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+    ) -> Dataset:
         """What is asked: the columns `prompt` (messages of one user) and `row` (JSON).
 
         Args:

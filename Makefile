@@ -20,9 +20,15 @@ test-slow: $(VENV)/.test
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest -m gpu $(TESTS)
 
-lint: $(VENV)/.test
+lint: $(VENV)/.test dparallel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The packages under their import names, for the type checker, which does not know pyproject.toml's mapping.
+dparallel:
+	mkdir dparallel
+	ln -s ../modeling ../trainer ../hub_cards ../examples/evaluation dparallel
 
 # torch first and by itself: which build it is (CPU, CUDA) is decided by this line and not by what others ask for.
 $(VENV)/.torch:

@@ -2,6 +2,7 @@
 else is done."""
 
 import re
+from typing import Any
 
 from .hub_ids import looks_like_hub_id
 
@@ -35,7 +36,7 @@ DATA_FILE = re.compile(r".*\.(arrow|csv|gz|jsonl?|parquet|tsv|txt|zip)", re.IGNO
 
 def check_card_metadata(
     *, license: str | None = None, language: str | list[str] | None = None, **ids: str | list[str] | None
-):
+) -> None:
     """Of a card: the identifier of a license, language codes (one, or a list), and by the names of their arguments Hub
     ids of models and datasets (one, or a list). None is always allowed.
 
@@ -64,6 +65,6 @@ def check_card_metadata(
                 )
 
 
-def as_list(value) -> list:
+def as_list(value: Any) -> list:
     """One or several as several, and None as none."""
     return [] if value is None else [value] if isinstance(value, str) else list(value)

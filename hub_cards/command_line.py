@@ -6,7 +6,9 @@ it.
 
 import argparse
 import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -33,10 +35,12 @@ class CommandParser(argparse.ArgumentParser):
         settings: of `ArgumentParser`.
     """
 
-    def __init__(self, documentation: str, **settings):
+    def __init__(self, documentation: str, **settings: Any):
         super().__init__(**help_of(documentation), **settings)
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
         words = sys.argv[1:] if args is None else args
         return super().parse_known_args([self._with_underscores(str(word)) for word in words], namespace)
 
@@ -47,7 +51,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextmanager
-def plain_errors(*kinds):
+def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors that are the user's: a line instead of a traceback."""
     try:
         yield

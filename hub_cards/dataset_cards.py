@@ -1,8 +1,10 @@
 """The card of a dataset of trajectories, filled from its rows."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from datasets import Dataset
 from datasets.info import DatasetInfosDict
 from datasets.splits import SplitDict, SplitInfo
 from huggingface_hub import DatasetCard, DatasetCardData
@@ -27,7 +29,14 @@ SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000_
 
 
 def dataset_card(
-    splits, repo_id, *, model=None, sources=None, license=None, language=None, limitations=()
+    splits: dict[str, Dataset],
+    repo_id: str,
+    *,
+    model: str | None = None,
+    sources: str | list[str] | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    limitations: str | Sequence[str] = (),
 ) -> DatasetCard:
     """The card of trajectories, as `trainer.generate_trajectories` makes them.
 

@@ -21,7 +21,7 @@ def looks_like_hub_id(name: object) -> bool:
 
 def is_hub_id(name: object) -> bool:
     """Is it a Hub id, and no folder of this machine?"""
-    return bool(name) and looks_like_hub_id(name) and not Path(name).exists()
+    return bool(name) and looks_like_hub_id(name) and not Path(str(name)).exists()
 
 
 def file_of(source: str | Path, name: str, revision: str | None = None) -> str | None:
@@ -30,7 +30,7 @@ def file_of(source: str | Path, name: str, revision: str | None = None) -> str |
     return cached_file(str(source), name, revision=revision, **missing)
 
 
-def check_folder_or_hub_id(name: str, value: str | Path):
+def check_folder_or_hub_id(name: str, value: str | Path) -> None:
     """Raises `ValueError` where an argument of this name is neither."""
     if not Path(value).is_dir() and not is_hub_id(value):
         raise ValueError(

@@ -6,11 +6,12 @@ alone. Cards take their numbers from such files and from nowhere else.
 
 import json
 import platform
+from collections.abc import Iterable
 from dataclasses import MISSING, dataclass, fields
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import EvalResult
@@ -102,7 +103,7 @@ class Measurement:
         )
 
 
-def wilson_interval(share, count) -> tuple[float, float]:
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
     """95% score interval of a share (from 0 to 1) of `count` examples (Wilson 1927, https://doi.org/10.2307/2276774)."""
     z = 1.96
     centre, half = share + z**2 / (2 * count), z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
@@ -121,7 +122,7 @@ class Difference(NamedTuple):
         return f"{100 * self.mean:+.1f} ({100 * self.low:+.1f} to {100 * self.high:+.1f})"
 
 
-def paired_difference(verdicts, others) -> Difference:
+def paired_difference(verdicts: Iterable[bool], others: Iterable[bool]) -> Difference:
     """How much more accurate `verdicts` are than `others` (both lists of `bool`, of the same examples).
 
     The interval is that of Bonett and Price (2012, https://doi.org/10.1111/j.2044-8317.2011.02025.x, for paired
@@ -135,7 +136,7 @@ def paired_difference(verdicts, others) -> Difference:
     return Difference((gained - lost) / len(pairs), low, high)
 
 
-def here_and_now(packages=("torch", "transformers"), *, is_gpu=None) -> dict[str, str]:
+def here_and_now(packages: Iterable[str] = ("torch", "transformers"), *, is_gpu: bool | None = None) -> dict[str, str]:
     """Where and when a measurement is made: `hardware` (of one device), `date` (2026-11-27) and `versions`.
 
     Args:
@@ -158,7 +159,7 @@ def _version(package):
         return None
 
 
-def fastest(points, accuracy):
+def fastest(points: Iterable[Any], accuracy: float) -> Any:
     """Of the points that are at least this accurate, the one with the fewest forward passes; None if there is none.
 
     Args:
@@ -168,7 +169,7 @@ def fastest(points, accuracy):
     return min((point for point in points if point.accuracy >= accuracy), key=lambda point: point.nfe, default=None)
 
 
-def load_measurements(path) -> list[Measurement]:
+def load_measurements(path: str | Path) -> list[Measurement]:
     """Read a results file.
 
     Raises:
@@ -206,7 +207,7 @@ def from_entries(entries: list[dict], path: str | Path) -> list[Measurement]:
     return measurements
 
 
-def eval_results(measurements) -> list[EvalResult]:
+def eval_results(measurements: Iterable[Measurement]) -> list[EvalResult]:
     """Those of the model itself, as metadata for the Hub: accuracy in percent, NFE and TPF."""
     return [
         EvalResult(

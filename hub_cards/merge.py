@@ -3,6 +3,7 @@
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, load_peft_weights
@@ -19,8 +20,14 @@ WHOLE_WEIGHTS = ("weight", "base_layer.weight", "original_module.weight", "token
 
 
 def merge_adapter(
-    adapter, output_dir, tokenizer=None, *, base_model=None, model_init_kwargs=None, **generation_settings
-):
+    adapter: PeftModel | str | Path,
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    base_model: str | None = None,
+    model_init_kwargs: dict[str, Any] | None = None,
+    **generation_settings: Any,
+) -> PreTrainedModel:
     """Merge an adapter into its base model and save the result: weights, remote code, tokenizer, a
     `generation_config.json` with the policy and threshold that the model was distilled for, and the `training.json`
     that its card is filled from.
@@ -78,7 +85,11 @@ def merge_adapter(
 
 
 def load_adapted(
-    adapter: str | Path, base_model: str | None = None, *, adapter_revision: str | None = None, **model_init_kwargs
+    adapter: str | Path,
+    base_model: str | None = None,
+    *,
+    adapter_revision: str | None = None,
+    **model_init_kwargs: Any,
 ) -> PeftModel:
     """Load an adapter on its base model, not merged, to decode as it was distilled to. An adapter that was trained
     after tokens were added holds the rows of all tokens; the base model is given as many before it is loaded.
@@ -98,7 +109,7 @@ def load_adapted(
     return model
 
 
-def decode_as_distilled(model: PreTrainedModel | PeftModel, adapter: str | Path, revision: str | None = None):
+def decode_as_distilled(model: PreTrainedModel | PeftModel, adapter: str | Path, revision: str | None = None) -> None:
     """Give a model the decoding that an adapter, a folder or Hub id, was distilled for."""
     model.generation_config.update(**_with_own_number(model.generation_config, decoding_of(adapter, revision)))
 
@@ -108,7 +119,7 @@ def load_tokenizer(
     base_model: str | None = None,
     *,
     adapter_revision: str | None = None,
-    **tokenizer_kwargs,
+    **tokenizer_kwargs: Any,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer beside an adapter, or else that of its base model: each a folder or Hub id, or None.
 

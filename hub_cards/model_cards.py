@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
@@ -53,17 +54,17 @@ PAPERS = {
 
 
 def model_card(
-    folder,
-    repo_id,
+    folder: str | Path,
+    repo_id: str,
     *,
-    base_model=None,
-    datasets=None,
-    license=None,
-    language=None,
-    limitations=(),
-    prompt=None,
-    printed=None,
-    printed_on=None,
+    base_model: str | None = None,
+    datasets: str | list[str] | None = None,
+    license: str | None = None,
+    language: str | list[str] | None = None,
+    limitations: str | Sequence[str] = (),
+    prompt: str | None = None,
+    printed: str | None = None,
+    printed_on: str | None = None,
 ) -> ModelCard:
     """The card of a model, or of an adapter, that lies in a folder.
 
@@ -152,7 +153,7 @@ def model_card(
     )
 
 
-def usage_snippet(folder, repo_id, prompt=None) -> str:
+def usage_snippet(folder: str | Path, repo_id: str, prompt: str | None = None) -> str:
     """Python code that loads the model of a folder, which went to `repo_id`, and lets it answer. The decoding of an
     adapter is written out: it has no `generation_config.json`."""
     folder = Path(folder)
@@ -254,7 +255,7 @@ def _in_words(count):
     return f"{count:,}"
 
 
-def bibtex(key) -> str:
+def bibtex(key: str) -> str:
     title, number, authors = PAPERS[key]
     return (
         f"@article{{{key.lower()},\n  title = {{{title}}},\n  author = {{{authors}}},\n"

@@ -1,9 +1,15 @@
 """What the commands that push have in common."""
 
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub import CommitInfo
+
 from .command_line import plain_errors
 
 
-def add_push_arguments(parser):
+def add_push_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of all of them."""
     parser.add_argument("--private", action="store_true", help="make the repository private, if it is created")
     parser.add_argument("--revision", help="branch to commit to (default: main)")
@@ -16,7 +22,7 @@ def add_push_arguments(parser):
     )
 
 
-def run_push(push, arguments):
+def run_push(push: Callable[..., CommitInfo | None], arguments: dict[str, Any]) -> None:
     """Call it with parsed arguments, and say what came of it."""
     with plain_errors(ValueError, PermissionError, RuntimeError):
         commit = push(**arguments)

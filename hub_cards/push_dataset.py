@@ -12,7 +12,7 @@ from dparallel.hub_cards.command_line import CommandParser
 from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 
-def main():
+def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.hub_cards.push_dataset")
     parser.add_argument("dataset", help="folder that save_to_disk(), generate_trajectories.py or distill.py wrote")
     parser.add_argument("repo_id", help="where it goes on the Hub: user/name")

@@ -11,7 +11,7 @@ from dparallel.hub_cards.command_line import CommandParser
 from dparallel.hub_cards.push_command import add_push_arguments, run_push
 
 
-def main():
+def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.hub_cards.push_model")
     parser.add_argument("model", help="folder or Hub id of a model or of an adapter")
     parser.add_argument("repo_id", help="where it goes on the Hub: user/name")

@@ -6,13 +6,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, load_from_disk
 from huggingface_hub import CommitInfo, snapshot_download
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .card_metadata import check_card_metadata
@@ -31,23 +33,23 @@ SHARD_BYTES = 500_000_000  # of a parquet file
 
 
 def push_model(
-    model,
-    repo_id,
+    model: PreTrainedModel | PeftModel | str | Path,
+    repo_id: str,
     *,
-    tokenizer=None,
-    merge=True,
-    base_model=None,
-    results=(),
-    training=None,
-    run_snippet=True,
-    prompt=None,
-    private=False,
-    revision=None,
-    create_pr=False,
-    commit_message=None,
-    dry_run=None,
-    token=None,
-    **card,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    merge: bool = True,
+    base_model: str | None = None,
+    results: Sequence[str | Path] = (),
+    training: str | Path | None = None,
+    run_snippet: bool = True,
+    prompt: str | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    dry_run: str | Path | None = None,
+    token: str | bool | None = None,
+    **card: Any,
 ) -> CommitInfo | None:
     """Push a model in one commit: weights as safetensors, remote code, configurations, tokenizer with chat template,
     filter and license texts if it has some, card.
@@ -243,16 +245,16 @@ def _differ(path, other):
 
 
 def push_dataset(
-    dataset,
-    repo_id,
+    dataset: Dataset | DatasetDict | str | Path,
+    repo_id: str,
     *,
-    private=False,
-    revision=None,
-    create_pr=False,
-    commit_message=None,
-    dry_run=None,
-    token=None,
-    **card,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    dry_run: str | Path | None = None,
+    token: str | bool | None = None,
+    **card: Any,
 ) -> CommitInfo | None:
     """Push trajectories as parquet, with their card, in one commit.
 
@@ -309,7 +311,7 @@ def _load_dataset(folder):
 
 
 @contextmanager
-def staging_folder(repo_id, dry_run):
+def staging_folder(repo_id: str, dry_run: str | Path | None) -> Iterator[Path]:
     """Where what is pushed is put together: a temporary folder, or that of a dry run, which must be empty."""
     if not isinstance(repo_id, str) or not looks_like_hub_id(repo_id):
         raise ValueError(f"`repo_id={repo_id!r}` is not allowed: it must be 'user/name'.")
@@ -324,7 +326,9 @@ def staging_folder(repo_id, dry_run):
     yield folder
 
 
-def deliver(folder, repo_id, repo_type, dry_run, **settings):
+def deliver(
+    folder: str | Path, repo_id: str, repo_type: str, dry_run: str | Path | None, **settings: Any
+) -> CommitInfo | None:
     """List what would go, and let it go unless this is a dry run: then return None."""
     files = in_words(files_to_push(folder, repo_type))
     if dry_run is not None:

@@ -33,7 +33,7 @@ PATTERNS = {
 INSTALLED = Path(dparallel.modeling.__file__).parent  # the code that goes along
 
 
-def is_ours(path, repo_type) -> bool:
+def is_ours(path: str, repo_type: str) -> bool:
     """May an earlier push have left this file of a repository, so that a loader would read it beside what is there
     now? Or a training, which pushes its arguments as a pickle. Checkpoints and other people's files are not ours."""
     folder, _, name = path.rpartition("/")
@@ -46,7 +46,7 @@ def is_ours(path, repo_type) -> bool:
     return (folder in ("", "unmasking_filter") and (is_weights or is_code)) or path in READ_BY_LOADERS
 
 
-def files_to_push(folder, repo_type="model") -> dict[str, Path]:
+def files_to_push(folder: str | Path, repo_type: str = "model") -> dict[str, Path]:
     """What of a folder goes to the Hub: path there -> path here. Weights go as safetensors alone: a pickle, which can
     run code where it is loaded, stays behind, and so do checkpoints and logs of a training."""
     folder = Path(folder)
@@ -54,7 +54,7 @@ def files_to_push(folder, repo_type="model") -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in paths}
 
 
-def in_words(files) -> str:
+def in_words(files: dict[str, Path]) -> str:
     """A list of files with their sizes, one a line."""
     sizes = {path: source.stat().st_size for path, source in files.items()}
     lines = [f"{size:>14,}  {path}" for path, size in sizes.items()]
@@ -62,15 +62,15 @@ def in_words(files) -> str:
 
 
 def upload(
-    folder,
-    repo_id,
-    repo_type="model",
+    folder: str | Path,
+    repo_id: str,
+    repo_type: str = "model",
     *,
-    private=False,
-    revision=None,
-    create_pr=False,
-    commit_message=None,
-    token=None,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    token: str | bool | None = None,
 ) -> CommitInfo:
     """Bring a folder to a repository, which is created if it is not there: all of it in one commit, so that there is
     never half a model. (`HfApi.upload_folder` makes several of a large folder.) What is there already is not sent

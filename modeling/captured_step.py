@@ -8,9 +8,11 @@ blocks of an answer, and, since a canvas goes back into a pool, later calls of `
 
 import weakref
 from collections import OrderedDict
+from collections.abc import Callable
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .canvas import Canvas, Layout
@@ -28,7 +30,7 @@ CAPTURABLE_ATTENTION = ("sdpa", "eager")
 _steps_of_models = weakref.WeakKeyDictionary()
 
 
-def captured_steps(model):
+def captured_steps(model: PreTrainedModel) -> "CapturedSteps | None":
     """The `CapturedSteps` of a model, or None where its steps cannot be captured: off CUDA, where transformers would
     not compile the class either (`_can_compile_fullgraph`), compiled, quantised, spread over devices, under autocast,
     and with hooks or adapters, which may do something else the next time."""
@@ -84,7 +86,7 @@ class CapturedSteps:
     needs. Not for several threads that decode with one model at the same time.
     """
 
-    def __init__(self, origin):
+    def __init__(self, origin: tuple):
         self.origin, self.failed = origin, False
         self.canvases = OrderedDict()  # the least recently used first
         self.graphs = weakref.WeakSet()  # those that canvases still hold
@@ -98,7 +100,7 @@ class CapturedSteps:
             canvas = Canvas(layout)
         return canvas
 
-    def give_back(self, canvas: Canvas):
+    def give_back(self, canvas: Canvas) -> None:
         self._make_room(canvas.ids.device, canvas.nbytes)
         self.canvases[canvas.layout] = canvas
 
@@ -110,7 +112,7 @@ class CapturedSteps:
         ):
             self.canvases.popitem(last=False)
 
-    def run(self, canvas: Canvas, key, step):
+    def run(self, canvas: Canvas, key: tuple, step: Callable[[], None]) -> None:
         """Make a step that depends on the canvas and on what is in `key`. The first time runs as it is, which also
         readies libraries and allocators; the second is captured."""
         graphs = canvas.graphs

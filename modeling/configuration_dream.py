@@ -2,6 +2,8 @@
 """Configuration of the Dream family (Dream-org/Dream-v0-Base-7B, -Instruct-7B, Dream-Coder and models distilled from
 them): Qwen2's, with `[MASK]`, in the official files' own keys."""
 
+from typing import Any
+
 from transformers import Qwen2Config
 
 
@@ -68,7 +70,7 @@ class DreamConfig(Qwen2Config):
             }
         super().__post_init__(**kwargs)
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, with the rotary settings under the names of the official files."""
         fields = super().to_dict()
         rotary = dict(fields.pop("rope_parameters", None) or {})

@@ -2,9 +2,12 @@
 """What the layers of all families are made of beside their projections. Each part takes its kernel where that suits
 (`triton_kernels.py`), and else is plain PyTorch with the same rounding."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -38,12 +41,14 @@ class BidirectionalPreTrainedModel(PreTrainedModel):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size, eps):
+    def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
-    def forward(self, x, residual=None):
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of `x`; with a residual, the sum of the two and the norm of that."""
         if suit_kernels(x, self.weight):
             return fused_rms_norm(x, self.weight, self.eps, residual)
@@ -53,7 +58,12 @@ class RMSNorm(nn.Module):
         return self.weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
 
 
-def bidirectional_mask(config, hidden_states, attention_mask=None, past_key_values=None):
+def bidirectional_mask(
+    config: PreTrainedConfig,
+    hidden_states: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    past_key_values: Cache | None = None,
+) -> torch.Tensor | None:
     """What the attention implementation of `config` takes for keys that nothing may attend to.
 
     Args:
@@ -84,14 +94,14 @@ class RotaryTables:
     is too coarse for angles. What moves arguments between devices calls `to`.
     """
 
-    def __init__(self, cos, sin):
+    def __init__(self, cos: torch.Tensor, sin: torch.Tensor):
         self.cos, self.sin = cos, sin
 
-    def to(self, *args, **kwargs):
+    def to(self, *args: Any, **kwargs: Any) -> "RotaryTables":
         return RotaryTables(self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs))
 
 
-def prepare_attention(module, config, layer_idx):
+def prepare_attention(module: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
     """Give a module what `attention` and transformers' attention functions read of it."""
     module.config = config
     module.layer_idx = layer_idx
@@ -100,7 +110,14 @@ def prepare_attention(module, config, layer_idx):
     module.is_causal = False
 
 
-def attention(module, projected, tables, attention_mask, past_key_values, **kwargs):
+def attention(
+    module: nn.Module,
+    projected: Sequence[torch.Tensor],
+    tables: RotaryTables,
+    attention_mask: torch.Tensor | None,
+    past_key_values: Cache | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim), and the
     `RotaryTables`. Returns what is to be projected back, and the weights if the implementation knows them."""
     query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
@@ -116,7 +133,15 @@ def attention(module, projected, tables, attention_mask, past_key_values, **kwar
     return mixed.flatten(2), weights
 
 
-def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+def attend(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attention of `query` (B, heads, Q, head_dim) to `key` and `value` (B, groups, T, head_dim), by the
     implementation that the config of `module` names. Returns (B, Q, heads, head_dim), and the weights (B, heads, Q, T)
     where that implementation knows them."""
@@ -135,7 +160,16 @@ def attend(module, query, key, value, attention_mask, scaling, **kwargs):
     return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
 
 
-def plain_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+def plain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention written out, for `attn_implementation="eager"`."""
     key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * scaling
@@ -145,7 +179,7 @@ def plain_attention(module, query, key, value, attention_mask, scaling, dropout=
     return (weights @ value).transpose(1, 2), weights
 
 
-def rotate(query, key, cos, sin):
+def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Sequence[torch.Tensor]:
     """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T,
     head_dim / 2)."""
     if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
@@ -157,13 +191,13 @@ def rotate(query, key, cos, sin):
     return rotated
 
 
-def silu_product(gate, up):
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     if suit_kernels(gate, up):
         return fused_silu_product(gate, up)
     return nn.functional.silu(gate) * up
 
 
-def select_positions(hidden_states, logits_to_keep):
+def select_positions(hidden_states: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """What a model applies its head to: of hidden states (B, T, D) those that `logits_to_keep` names: all (0), the
     last n (n), the same positions of each row (L,), or others of each row (B, L)."""
     if isinstance(logits_to_keep, int):

@@ -7,9 +7,11 @@ Module names are those of the official checkpoints, which are Qwen2's.
 
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache, GenerationConfig
 from transformers.generation import (
     LogitsProcessorList,
     SuppressTokensLogitsProcessor,
@@ -46,7 +48,7 @@ ALGORITHMS = {
     "entropy": ("entropy", "linear_time"),
 }
 # What else it takes that `generate` does not, or means otherwise, with the official defaults.
-OFFICIAL_DEFAULTS = {
+OFFICIAL_DEFAULTS: dict[str, Any] = {
     "alg": "origin",
     "alg_temp": None,
     "steps": 512,
@@ -84,7 +86,14 @@ class DreamAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=True)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x, position_embeddings, attention_mask, past_key_values, **kwargs):
+    def forward(
+        self,
+        x: torch.Tensor,
+        position_embeddings: RotaryTables,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         projected = project(x, (self.q_proj, self.k_proj, self.v_proj))
         mixed, weights = attention(self, projected, position_embeddings, attention_mask, past_key_values, **kwargs)
         return self.o_proj(mixed), weights
@@ -99,7 +108,7 @@ class DreamMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.down_proj(silu_product(*project(x, (self.gate_proj, self.up_proj))))
 
 
@@ -111,7 +120,14 @@ class DreamDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: RotaryTables,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.self_attn(
             self.input_layernorm(hidden_states), position_embeddings, attention_mask, past_key_values, **kwargs
         )
@@ -147,9 +163,9 @@ class DreamBaseModel(DreamPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -184,11 +200,11 @@ class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        labels=None,
-        **kwargs,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over a canvas.
 
@@ -218,7 +234,7 @@ class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
         logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
         return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
 
-    def adjust_generation_fn(self, *args, **kwargs):
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
         super().adjust_generation_fn(*args, **kwargs)
         config = self.generation_config
         if hasattr(config, "alg"):  # saved by the official code: its numbers are not for `generate`
@@ -229,7 +245,7 @@ class DreamModel(DiffusionGenerationMixin, DreamPreTrainedModel):
             del config.alg
 
     def diffusion_generate(
-        self, inputs: torch.LongTensor | None = None, generation_config=None, **kwargs
+        self, inputs: torch.LongTensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
     ) -> "torch.LongTensor | DreamModelOutput":
         """Deprecated: Dream's own name for decoding the answer as one block. Arguments and, in float32 at temperature
         0, tokens are those of the official code (https://github.com/DreamLM/Dream); `generate()` does the work.

@@ -5,8 +5,11 @@ Module names are those of the official checkpoints, so weights, adapters and oth
 The architecture is described in "Large Language Diffusion Models" (https://arxiv.org/abs/2502.09992).
 """
 
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -27,7 +30,7 @@ from .layers import (
 from .packed_projections import project
 
 
-def rotary_tables(position_ids, head_dim, theta):
+def rotary_tables(position_ids: torch.Tensor, head_dim: int, theta: float) -> RotaryTables:
     """Of float32 angles, like in the official code (`rope_full_precision`). Recomputed in each pass: it costs nothing,
     and there is no buffer that a cast or a meta device could spoil."""
     exponents = torch.arange(0, head_dim, 2, device=position_ids.device, dtype=torch.float32) / head_dim
@@ -54,7 +57,14 @@ class LLaDALlamaBlock(GradientCheckpointingLayer):
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=False)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=False)
 
-    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: RotaryTables,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         projected = project(self.attn_norm(hidden_states), (self.q_proj, self.k_proj, self.v_proj))
         mixed, weights = attention(self, projected, position_embeddings, attention_mask, past_key_values, **kwargs)
         hidden_states, x = self.ff_norm(self.attn_out(mixed), residual=hidden_states)
@@ -85,10 +95,10 @@ class LLaDAModel(LLaDAPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self):
+    def get_input_embeddings(self) -> nn.Embedding:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value):
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.wte = value
 
     @capture_outputs
@@ -97,9 +107,9 @@ class LLaDAModel(LLaDAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
@@ -126,13 +136,13 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         self.model = LLaDAModel(config)
         self.post_init()
 
-    def get_output_embeddings(self):
+    def get_output_embeddings(self) -> nn.Linear:
         return self.model.transformer.ff_out
 
-    def set_output_embeddings(self, value):
+    def set_output_embeddings(self, value: nn.Linear) -> None:
         self.model.transformer.ff_out = value
 
-    def resize_token_embeddings(self, *args, **kwargs):
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = embeddings.num_embeddings  # transformers only knows of `vocab_size`
         return embeddings
@@ -143,11 +153,11 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
+        past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        labels=None,
-        **kwargs,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass over a canvas.
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """The tokenizer of the official Dream repositories is Qwen2's, behind code of their own under this name."""
 
+from typing import Any
+
 from transformers import AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer
 
 
@@ -9,7 +11,7 @@ class DreamTokenizer(Qwen2Tokenizer):
     a folder that is saved with it loads without this package and without any code of its own."""
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Qwen2Tokenizer:
         kwargs.pop("trust_remote_code", None)
         tokenizer = Qwen2Tokenizer.from_pretrained(*args, **kwargs)
         tokenizer.init_kwargs.pop("auto_map", None)  # it names the official code

@@ -5,9 +5,11 @@ its predictions are final already ("Learning to Parallel", https://arxiv.org/abs
 It is a model of its own, saved beside the one that it was trained for, in the folder `unmasking_filter`, or alone.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUBFOLDER = "unmasking_filter"
 STATISTICS = ("confidence", "entropy", "margin")  # of TokenStatistics
@@ -89,7 +91,7 @@ class UnmaskingFilter(PreTrainedModel):
             nn.init.kaiming_uniform_(module.weight, a=5**0.5)
             nn.init.zeros_(module.bias)
 
-    def read_tokenizer(self, tokenizer):
+    def read_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "UnmaskingFilter":
         """Learn from a tokenizer which tokens are punctuation and which are digits. Returns the filter."""
         for token in range(min(len(tokenizer), self.config.vocab_size or 0)):
             text = tokenizer.decode([token]).strip()
@@ -97,7 +99,15 @@ class UnmaskingFilter(PreTrainedModel):
             self.punctuation[token] = float(bool(text) and not any(map(str.isalnum, text)))
         return self
 
-    def forward(self, confidence, entropy=None, margin=None, masked=None, token=None, labels=None):
+    def forward(
+        self,
+        confidence: torch.Tensor,
+        entropy: torch.Tensor | None = None,
+        margin: torch.Tensor | None = None,
+        masked: torch.Tensor | None = None,
+        token: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
         """The logits of "is final".
 
         Args:
@@ -127,10 +137,10 @@ class UnmaskingFilter(PreTrainedModel):
         if labels is None:
             return {"logits": logits}
         loss = nn.functional.binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
-        return {"loss": (loss * masked).sum() / masked.sum().clamp(min=1), "logits": logits}
+        return {"loss": (loss * masked).sum() / masked.sum().clamp(min=1), "logits": logits}  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def finality(self, statistics, masked):
+    def finality(self, statistics: Any, masked: torch.Tensor) -> torch.Tensor:
         """Probability (B, K) that each prediction is final. `masked` is (B, K) bool."""
         arguments = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
         return self(**arguments, masked=masked)["logits"].sigmoid()

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass, field
+from typing import Any
 
 from accelerate.logging import get_logger
 
@@ -17,7 +18,7 @@ STUDENT_POLICIES = tuple(
 )
 MASKINGS = ("block", "response", "trajectory")
 # What dParallel published for each family, by the model's `model_type`.
-PUBLISHED = {
+PUBLISHED: dict[str, dict[str, Any]] = {
     "llada": {"masking": "block", "certainty_weight": 2.0, "max_length": 384, "response_length": None},
     "Dream": {"masking": "response", "certainty_weight": 1.0, "max_length": None, "response_length": 256},
 }
@@ -119,7 +120,7 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         for name in ("eval_max_new_tokens", "eval_decoding_batch_size"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
 
-    def completed(self, model_type):
+    def completed(self, model_type: str) -> "CertaintyForcingConfig":
         settled, family = copy.copy(self), PUBLISHED.get(model_type, PUBLISHED["llada"])
         for name in ("masking", "certainty_weight", *(("response_length",) if self.max_length == 0 else ())):
             if getattr(self, name) is None:
@@ -133,7 +134,7 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         return settled
 
     @property
-    def changes_with_progress(self):
+    def changes_with_progress(self) -> bool:
         return self.mask_ratio_start is not None or self.block_length_start is not None
 
     @property

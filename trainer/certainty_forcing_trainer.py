@@ -1,18 +1,24 @@
 """Certainty-forcing distillation: learn a teacher's answers while right predictions are pushed towards certainty."""
 
+from collections.abc import Callable
 from itertools import islice
+from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
+from peft import PeftConfig
 from torch.distributed.fsdp import FSDPModule
-from transformers import PreTrainedModel
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from dparallel.modeling import POLICIES, token_statistics
 
 from .certainty_forcing_config import CertaintyForcingConfig
 from .losses import certainty_forcing_losses, prediction_metrics
 from .masked_diffusion_trainer import MaskedDiffusionTrainer
-from .masking import EVALUATION_EPOCH, complementary_masks
+from .masking import EVALUATION_EPOCH, Masks, complementary_masks
 from .tokenization import tokenize_prompt
 from .trajectories import decode_prompts
 
@@ -55,15 +61,15 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         self,
         model: str | PreTrainedModel,
         args: CertaintyForcingConfig | None = None,
-        data_collator=None,
+        data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict | None = None,
-        processing_class=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        peft_config=None,
-        judge=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
+        judge: Callable[[dict], bool] | None = None,
     ):
         if args is None:
             args = CertaintyForcingConfig(output_dir="certainty-forcing")
@@ -100,7 +106,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         model.generation_config.update(steps=None, **self.args.decoding)
         super()._save(output_dir, state_dict)
 
-    def draw_masks(self, inputs, response, **randomness):
+    def draw_masks(self, inputs: dict[str, torch.Tensor], response: torch.Tensor, **randomness: Any) -> Masks:
         args = self.args
         if args.masking == "trajectory" and "unmasking_step" not in inputs:
             raise ValueError(f"The batch has no {NO_STEPS}")
@@ -120,7 +126,9 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         )
         return masks if args.complementary else type(masks)(*(tensor[: len(response)] for tensor in masks))
 
-    def losses_and_metrics(self, logits, labels, scored, masks):
+    def losses_and_metrics(
+        self, logits: torch.Tensor, labels: torch.Tensor, scored: torch.Tensor, masks: Masks
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         args = self.args
 
         def over_views(rows):
@@ -138,16 +146,16 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         metrics |= {name: tuple(map(over_views, pair)) for name, pair in of_tokens.items()}
         return args.trajectory_weight * trajectory + args.certainty_weight * certainty, metrics
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         raw = eval_dataset
         if eval_dataset is None or eval_dataset is self.eval_dataset:
             raw = self._raw_eval_dataset
         elif isinstance(eval_dataset, str):
-            raw = self._raw_eval_dataset[eval_dataset]
+            raw = self._raw_eval_dataset[eval_dataset]  # type: ignore[index]
         self._choose_decoding_rows(raw)
         return super().get_eval_dataloader(eval_dataset)
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
         self._choose_decoding_rows(test_dataset)
         return super().get_test_dataloader(test_dataset)
 
@@ -166,7 +174,7 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
                 f"has {sorted(columns)}."
             )
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         rows, self._decoding_rows = self._decoding_rows, []
         if rows:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import distributed
+from torch import distributed, nn
 from torch._dynamo import OptimizedModule
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -22,7 +22,7 @@ from transformers import TrainerState
 PLAIN, FSDP, DEEPSPEED = "one device or DDP", "FSDP", "DeepSpeed"
 
 
-def last_complete_checkpoint(output_dir) -> str | None:
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
     """The last checkpoint in a folder that was written to its end: a kill while it was saved leaves a part of one."""
     steps = {}
     for path in Path(output_dir).glob("checkpoint-*"):
@@ -34,7 +34,7 @@ def last_complete_checkpoint(output_dir) -> str | None:
     return steps[max(steps)] if steps else None
 
 
-def layout_of(checkpoint) -> str:
+def layout_of(checkpoint: str | Path) -> str:
     """Under which layout a checkpoint was saved."""
     names = [path.name for path in Path(checkpoint).glob("*")]
     if any(name.startswith("global_step") for name in names):
@@ -43,7 +43,7 @@ def layout_of(checkpoint) -> str:
     return FSDP if is_fsdp else PLAIN
 
 
-def load_weights(model, checkpoint):
+def load_weights(model: nn.Module, checkpoint: str | Path) -> None:
     """Load the safetensors of a checkpoint into a model, or into its adapter, sharded or not, on all processes.
 
     Raises:
@@ -81,7 +81,7 @@ def load_weights(model, checkpoint):
     set_model_state_dict(model, state, options=_options(strict=False))  # tied and frozen weights are not saved
 
 
-def load_optimizer(model, optimizer, checkpoint):
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: str | Path) -> None:
     """Load the optimizer's state of a checkpoint, by number or by name, on all processes.
 
     Raises:
@@ -121,7 +121,7 @@ def load_optimizer(model, optimizer, checkpoint):
     set_optimizer_state_dict(model, optimizer, state, options=_options())
 
 
-def plain_name(name):
+def plain_name(name: str) -> str:
     """A weight's name without what compiling, checkpointing and wrapping a module put into it, as it is saved."""
     for added in ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module."):
         name = name.replace(added, "")

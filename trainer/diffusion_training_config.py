@@ -24,7 +24,7 @@ WITHOUT_EFFECT = {
 }
 
 
-def refuse_what_has_no_effect(args: TrainingArguments, reasons: dict[str, str]):
+def refuse_what_has_no_effect(args: TrainingArguments, reasons: dict[str, str]) -> None:
     """Refuse the arguments that `reasons` names, where they differ from the defaults of TrainingArguments.
 
     Raises:

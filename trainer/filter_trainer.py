@@ -1,12 +1,15 @@
 """Training of Learn2PD's filter: what an oracle would accept, recorded, and learned ("Learning to Parallel",
 https://arxiv.org/abs/2509.25188)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, LargeList, List
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
 from dparallel.modeling import UnmaskingFilter, token_statistics
 from dparallel.modeling.unmasking_filter import FILLING, STATISTICS
@@ -19,7 +22,14 @@ COLUMNS = ("example_id", "block", "step", *STATISTICS, "masked", "token", "label
 
 
 def record_oracle(
-    model, trajectories: Dataset, output_dir, *, max_new_tokens, block_length=32, batch_size=64, shard_size=256
+    model: PreTrainedModel,
+    trajectories: Dataset,
+    output_dir: str | Path,
+    *,
+    max_new_tokens: int,
+    block_length: int = 32,
+    batch_size: int = 64,
+    shard_size: int = 256,
 ) -> Dataset:
     """Decode again what a teacher answered, with an oracle that knows the answers: in each pass it accepts the
     predictions of the block that are equal to them. What a filter sees in that pass, and what it should say, becomes a
@@ -59,7 +69,7 @@ def record_oracle(
         return [row for batch in batches for row in _decode_with_oracle(model, batch, max_new_tokens, block_length)]
 
     trajectories = trajectories.select_columns(["example_id", "input_ids", "prompt_length"])
-    job = {"model": model_digest(model), "trajectories": rows_digest(trajectories)}
+    job: dict[str, Any] = {"model": model_digest(model), "trajectories": rows_digest(trajectories)}
     job |= {"max_new_tokens": max_new_tokens, "block_length": block_length}
     return map_in_shards(record_shard, trajectories, output_dir, job, shard_size, desc="Asking the oracle")
 
@@ -204,7 +214,14 @@ class FilterTrainer(Trainer):
         ValueError: for rows that the filter cannot read.
     """
 
-    def __init__(self, model: UnmaskingFilter, args: FilterConfig, train_dataset, eval_dataset=None, **kwargs):
+    def __init__(
+        self,
+        model: UnmaskingFilter,
+        args: FilterConfig,
+        train_dataset: Dataset,
+        eval_dataset: Dataset | None = None,
+        **kwargs: Any,
+    ):
         missing = set(COLUMNS) - set(train_dataset.column_names)
         if missing:
             raise ValueError(f"`train_dataset` lacks the columns {sorted(missing)}: it must be record_oracle's own.")
@@ -226,16 +243,15 @@ class FilterTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # which Trainer has where there is no progress bar
 
 
-def acceptance_rates(accepts_by: UnmaskingFilter | str, records: Dataset, thresholds) -> list[dict]:
+def acceptance_rates(accepts_by: UnmaskingFilter | str, records: Dataset, thresholds: Iterable[float]) -> list[dict]:
     """How often a filter, or a threshold on a statistic ("confidence", "margin"), errs on masked positions:
     `false_accept`, the share of the predictions that are not final which it accepts, and `false_reject`, the share of
     the final ones which it does not, for each threshold."""
-    is_filter = isinstance(accepts_by, UnmaskingFilter)
-    device = accepts_by.eval().device if is_filter else torch.device("cpu")
+    device = accepts_by.eval().device if isinstance(accepts_by, UnmaskingFilter) else torch.device("cpu")
     probability, label = [], []
     for batch in records.with_format("torch", device=str(device)).iter(8192):
         masked = batch["masked"].bool()
-        if is_filter:
+        if isinstance(accepts_by, UnmaskingFilter):
             with torch.no_grad():
                 seen = {name: batch[name] for name in (*STATISTICS, "masked", "token")}
                 scores = accepts_by(**seen)["logits"].sigmoid()

@@ -3,8 +3,9 @@
 import copy
 import re
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
+from transformers import PreTrainedModel
 
 # By model type: the projections of all blocks, by the family's own names. Full patterns, because the end of a name can
 # mean more than it seems to: `ff_out` is a projection of LLaDA's blocks, and also its head.
@@ -20,7 +21,7 @@ PUBLISHED_PROJECTIONS = {
 }
 
 
-def complete_lora_config(model, config):
+def complete_lora_config(model: PreTrainedModel, config: PeftConfig) -> PeftConfig:
     """A `LoraConfig` whose `target_modules` are settled and known to exist; other adapters' configs as they are.
 
     `target_modules` may be `"all"` or None: all projections, but not the head; in families that this package does not

@@ -2,12 +2,22 @@
 average them last, over all rows of an optimizer step: one batch of N rows, micro-batches of any sizes, and every split
 over processes give the same gradient."""
 
+import torch
 from torch.nn import functional as F
+
+from dparallel.modeling import TokenStatistics
 
 LOSS_WEIGHTINGS = ("inverse_t", "uniform", "token")
 
 
-def masked_diffusion_losses(logits, labels, masked, mask_ratio, span_length, loss_weighting="inverse_t"):
+def masked_diffusion_losses(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    masked: torch.Tensor,
+    mask_ratio: torch.Tensor,
+    span_length: torch.Tensor,
+    loss_weighting: str = "inverse_t",
+) -> torch.Tensor:
     """Cross-entropy on masked tokens.
 
     `"inverse_t"` sums it, divided by t and by the span's length: LLaDA's objective, a bound on the negative
@@ -35,7 +45,9 @@ def masked_diffusion_losses(logits, labels, masked, mask_ratio, span_length, los
     return row_sums / denominators[loss_weighting]
 
 
-def certainty_forcing_losses(logits, labels, masked, temperature=0.5):
+def certainty_forcing_losses(
+    logits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, temperature: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The two losses of "dParallel" (https://arxiv.org/abs/2509.26488, section 3.2), row by row.
 
     Args:
@@ -56,23 +68,27 @@ def certainty_forcing_losses(logits, labels, masked, temperature=0.5):
     return row_means(cross_entropies(logits, labels), masked), row_means(entropy, is_right)
 
 
-def certainty_forcing_loss(logits, labels, masked, temperature=0.5):
+def certainty_forcing_loss(
+    logits: torch.Tensor, labels: torch.Tensor, masked: torch.Tensor, temperature: float = 0.5
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`certainty_forcing_losses`, averaged over the rows: (trajectory loss, certainty loss), two scalars."""
     trajectory, certainty = certainty_forcing_losses(logits, labels, masked, temperature)
     return trajectory.mean(), certainty.mean()
 
 
-def cross_entropies(logits, labels):
+def cross_entropies(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Of each token: (B, T, V), (B, T) -> (B, T)."""
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
 
 
-def row_means(values, counted):
+def row_means(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
     """The mean of the counted ones in each row, 0 where there are none: (B, T), (B, T) bool -> (B,)."""
     return values.masked_fill(~counted, 0.0).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
 
-def prediction_metrics(statistics, labels, masked):
+def prediction_metrics(
+    statistics: TokenStatistics, labels: torch.Tensor, masked: torch.Tensor
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """What a model thinks at masked tokens: name -> (sum over each row (B,), number of tokens (B,)).
 
     `masked_accuracy`: the share whose likeliest token is right; `mean_confidence`: its probability; `mean_entropy`: in

@@ -1,19 +1,32 @@
 """Pretraining and fine-tuning of masked diffusion language models with LLaDA's own objective."""
 
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, IterableDataset
-from huggingface_hub import HfApi
-from peft import PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy, has_length
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    set_seed,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput, has_length
 
 from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
@@ -29,10 +42,11 @@ from .checkpoints import (
     load_weights,
     plain_name,
 )
+from .diffusion_training_config import DiffusionTrainingConfig
 from .lora import complete_lora_config
 from .losses import masked_diffusion_losses, prediction_metrics
 from .masked_diffusion_config import MaskedDiffusionConfig
-from .masking import EVALUATION_EPOCH, gather_positions, mixed_masks, random_masks, response_mask
+from .masking import EVALUATION_EPOCH, Masks, gather_positions, mixed_masks, random_masks, response_mask
 from .run_settings import SETTINGS_FILE, changed_settings, model_settings, run_settings, save_settings
 from .tokenization import DATASET_FORMATS, has_response, padding_share, prepare_example
 from .training_record import hub_datasets, save_training_record, training_record
@@ -60,7 +74,7 @@ class DataCollatorForMaskedDiffusion:
     pad_token_id: int
     pad_to_multiple_of: int | None = None
 
-    def __call__(self, rows):
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         ids = [torch.as_tensor(row["input_ids"]) for row in rows]
         lengths = torch.tensor([len(row) for row in ids])
         multiple = self.pad_to_multiple_of or 1
@@ -108,20 +122,20 @@ class MaskedDiffusionTrainer(Trainer):
     _name = "masked diffusion training"
     _paper = {"title": "Large Language Diffusion Models", "id": "2502.09992"}
     _tag_names = ["dparallel", "diffusion", "dllm"]
-    _config_class = MaskedDiffusionConfig
+    _config_class: type[DiffusionTrainingConfig] = MaskedDiffusionConfig
 
     def __init__(
         self,
         model: str | PreTrainedModel,
         args: MaskedDiffusionConfig | None = None,
-        data_collator=None,
+        data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Dataset | IterableDataset | dict | None = None,
-        processing_class=None,
-        compute_metrics=None,
-        callbacks=None,
-        optimizers=(None, None),
-        peft_config=None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        compute_metrics: Callable | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple = (None, None),
+        peft_config: PeftConfig | None = None,
     ):
         if compute_metrics is not None:
             raise ValueError("`compute_metrics` is not supported: logits of whole batches are never kept.")
@@ -132,17 +146,16 @@ class MaskedDiffusionTrainer(Trainer):
         if not isinstance(args, self._config_class):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be a {self._config_class.__name__}.")
         set_seed(args.seed)
+        init_kwargs: Any = args.model_init_kwargs or {}  # JSON of a command is a dict by now
         if isinstance(model, str):
-            model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+            model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         elif args.model_init_kwargs is not None:
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
         args = args.completed(model.config.model_type)
         if processing_class is None:
-            source = {
-                k: v for k, v in (args.model_init_kwargs or {}).items() if k in ("trust_remote_code", "revision")
-            }
+            source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             processing_class = self._tokenizer_of(model, source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")
@@ -289,7 +302,7 @@ class MaskedDiffusionTrainer(Trainer):
             )
         return kept
 
-    def get_train_dataloader(self):
+    def get_train_dataloader(self) -> DataLoader:
         dataloader = super().get_train_dataloader()
         if self.args.dataloader_drop_last and has_length(dataloader) and len(dataloader) == 0:
             size = self._train_batch_size * self.args.world_size
@@ -299,11 +312,11 @@ class MaskedDiffusionTrainer(Trainer):
             )
         return dataloader
 
-    def get_eval_dataloader(self, eval_dataset=None):
+    def get_eval_dataloader(self, eval_dataset: str | Dataset | IterableDataset | None = None) -> DataLoader:
         is_known = eval_dataset is self.eval_dataset  # Trainer passes the one of construction on
         return super().get_eval_dataloader(eval_dataset if is_known else self._prepare_if_raw(eval_dataset, "eval"))
 
-    def get_test_dataloader(self, test_dataset):
+    def get_test_dataloader(self, test_dataset: Dataset | IterableDataset) -> DataLoader:
         return super().get_test_dataloader(self._prepare_if_raw(test_dataset, "test"))
 
     def _prepare_if_raw(self, dataset, kind):
@@ -312,12 +325,12 @@ class MaskedDiffusionTrainer(Trainer):
             return dataset
         return self._prepare_dataset(dataset, f"{kind}_dataset", self.processing_class, self.args)
 
-    def get_decay_parameter_names(self, model):
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As in `Trainer`, but by shape as well as by name: no vector decays, that is no norm, bias or magnitude,
         whatever it is called (LLaDA's final norm is `ln_f`)."""
         return [name for name in super().get_decay_parameter_names(model) if plain_name(name) not in self._vectors]
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As in `Trainer`, but `resume_from_checkpoint=True` takes the last checkpoint that is complete, and one that
         was saved under FSDP goes on under DDP and on one device, and the other way round, on any number of them.
 
@@ -400,7 +413,9 @@ class MaskedDiffusionTrainer(Trainer):
         self._unfinished_step, self._train_metrics = [], torch.zeros(())
         return super()._inner_training_loop(*args, **kwargs)
 
-    def get_batch_samples(self, epoch_iterator, num_batches, device):
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, torch.Tensor]], int | None]:
         """The micro-batches of this process for one optimizer step, as in `Trainer`, and the number of rows that all
         processes have for it. Each batch gets `row_weight` (B,), such that the sum of weighted losses has the gradient
         of the mean over all rows of the step, however they are split: a row counts as much in a last micro-batch that
@@ -432,14 +447,16 @@ class MaskedDiffusionTrainer(Trainer):
     def _set_signature_columns_if_needed(self):
         self._signature_columns = [*BATCH_COLUMNS, "attention_mask"]
 
-    def draw_masks(self, inputs, response, **randomness):
+    def draw_masks(self, inputs: dict[str, torch.Tensor], response: torch.Tensor, **randomness: Any) -> Masks:
         """The masks of a batch: its tensors, and (B, T) bool, the tokens that are learned -> `masking.Masks`, of B
         rows, or of several views of each, all first views first."""
         if self.args.block_length is None:
             return random_masks(response, **randomness)
         return mixed_masks(response, self.args.block_length, **randomness)
 
-    def losses_and_metrics(self, logits, labels, scored, masks):
+    def losses_and_metrics(
+        self, logits: torch.Tensor, labels: torch.Tensor, scored: torch.Tensor, masks: Masks
+    ) -> tuple[torch.Tensor, dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """From logits (N, M, V) of the scored positions of N views: the loss of each example, (B,), and metrics, name
         -> (sum (B,), weight (B,)), whose logged value is the sum of the sums over the sum of the weights."""
         losses = masked_diffusion_losses(
@@ -476,7 +493,13 @@ class MaskedDiffusionTrainer(Trainer):
         pairs = [torch.stack((total.detach().float(), weight.float()), dim=1) for total, weight in metrics.values()]
         return losses, torch.stack(pairs, dim=1), outputs
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: int | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, Any]:
         losses, metrics, outputs = self._row_losses_and_metrics(model, inputs, self._epoch)
         if not losses.isfinite().all():
             ids = inputs["example_id"][~losses.isfinite()].tolist()
@@ -493,7 +516,13 @@ class MaskedDiffusionTrainer(Trainer):
         loss = (weights * losses).sum()
         return (loss, outputs) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, torch.Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad(), self.compute_loss_context_manager():
             losses, metrics, _ = self._row_losses_and_metrics(model, self._prepare_inputs(inputs), EVALUATION_EPOCH)
         # Over all processes, without the rows that were repeated to fill their last batches.
@@ -501,7 +530,7 @@ class MaskedDiffusionTrainer(Trainer):
         self._evaluation_rows.append(rows.cpu())
         return losses.mean(), None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         self._evaluation_rows = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if not self._evaluation_rows:
@@ -515,7 +544,7 @@ class MaskedDiffusionTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
-    def log(self, logs, *args, **kwargs):
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._train_metrics.ndim:
             logs = {**logs, **self._named_metrics(self.accelerator.reduce(self._train_metrics, "sum"))}
             self._train_metrics = torch.zeros(())
@@ -536,9 +565,17 @@ class MaskedDiffusionTrainer(Trainer):
             card.unlink(missing_ok=True) if own is None else card.write_text(own)
 
     def create_model_card(
-        self, language=None, license=None, tags=None, model_name=None, finetuned_from=None, tasks=None,
-        dataset_tags=None, dataset=None, dataset_args=None,
-    ):  # fmt: skip
+        self,
+        language: str | list[str] | None = None,
+        license: str | None = None,
+        tags: str | list[str] | None = None,
+        model_name: str | None = None,
+        finetuned_from: str | None = None,
+        tasks: str | list[str] | None = None,
+        dataset_tags: str | list[str] | None = None,
+        dataset: str | list[str] | None = None,
+        dataset_args: str | list[str] | None = None,
+    ) -> None:
         """Write the card of the model, or of the adapter, into `args.output_dir`, with what is known of its training
         (see `hub_cards.model_cards`), after saving it there if that was not done. Arguments as in `Trainer`, but
         `dataset` and `dataset_tags` are both Hub ids, and `model_name` counts only without a `hub_model_id`.
@@ -577,8 +614,14 @@ class MaskedDiffusionTrainer(Trainer):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def push_to_hub(
-        self, commit_message="End of training", blocking=True, token=None, revision=None, private=None, **card
-    ):
+        self,
+        commit_message: str = "End of training",
+        blocking: bool = True,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> CommitInfo | Future | None:
         """Save the model, or the adapter as it is, and push it with its card, in one commit and without pickles.
         `hub_cards.push_model` merges adapters. Arguments as in `Trainer`; `card` are those of `create_model_card`."""
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -591,7 +634,7 @@ class MaskedDiffusionTrainer(Trainer):
             return None
         self.create_model_card(**card)
         self._finish_current_push()
-        settings = {"private": bool(self.args.hub_private_repo), "token": token}
+        settings: dict[str, Any] = {"private": bool(self.args.hub_private_repo), "token": token}
         settings["revision"] = revision or self.args.hub_revision
         push = partial(upload, self.args.output_dir, self.hub_model_id, commit_message=commit_message, **settings)
         return push() if blocking else HfApi(token=token).run_as_future(push)

@@ -34,7 +34,9 @@ def uniform_draws(seed: int, epoch: int, example_id: torch.LongTensor, count: in
     return ((bits >> 40) & 0xFFFFFF).float() / 2**24
 
 
-def response_mask(prompt_length: torch.LongTensor, attention_mask: torch.Tensor, logits_shift: int = 0):
+def response_mask(
+    prompt_length: torch.LongTensor, attention_mask: torch.Tensor, logits_shift: int = 0
+) -> torch.BoolTensor:
     """Positions that are learned: behind the prompt, and real. (B,), (B, T) -> (B, T) bool. Where the logits at i - 1
     predict token i (`logits_shift=1`), nothing predicts position 0."""
     position = torch.arange(attention_mask.shape[1], device=attention_mask.device)
@@ -55,7 +57,7 @@ class Masks(NamedTuple):
     span_length: torch.Tensor
 
 
-def random_masks(response, *, seed, epoch, example_id) -> Masks:
+def random_masks(response: torch.Tensor, *, seed: int, epoch: int, example_id: torch.LongTensor) -> Masks:
     """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is hidden with probability t.
 
     Args:
@@ -68,7 +70,7 @@ def random_masks(response, *, seed, epoch, example_id) -> Masks:
     return Masks(hidden, hidden, ratio, response.sum(dim=1))
 
 
-def draw_block(response, block_length: int, draw):
+def draw_block(response: torch.Tensor, block_length: int, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block of each row's response, by numbers in [0, 1): (B, T) bool, int, (B,) -> the block and all that is behind
     it, (B, T) bool each. The last block may be shorter; none is empty."""
     blocks = response.sum(dim=1).add(block_length - 1).div(block_length, rounding_mode="floor")
@@ -77,7 +79,9 @@ def draw_block(response, block_length: int, draw):
     return response & (block_of_token == block[:, None]), response & (block_of_token > block[:, None])
 
 
-def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
+def block_masks(
+    response: torch.Tensor, block_length: int, *, seed: int, epoch: int, example_id: torch.LongTensor
+) -> Masks:
     """What block-wise decoding sees: a block of the response is drawn uniformly, its tokens are hidden with
     probability t ~ U(0, 1) and scored, everything before it is shown, and everything behind it is hidden, unscored.
 
@@ -90,7 +94,9 @@ def block_masks(response, block_length: int, *, seed, epoch, example_id) -> Mask
     return Masks(scored | behind, scored, ratio, span.sum(dim=1))
 
 
-def mixed_masks(response, block_length: int, *, seed, epoch, example_id) -> Masks:
+def mixed_masks(
+    response: torch.Tensor, block_length: int, *, seed: int, epoch: int, example_id: torch.LongTensor
+) -> Masks:
     """`block_masks` for every second row on average, `random_masks` for the others."""
     randomness = {"seed": seed, "epoch": epoch, "example_id": example_id}
     is_block = uniform_draws(seed + 1, epoch, example_id, 1)[:, 0] < 0.5
@@ -99,7 +105,14 @@ def mixed_masks(response, block_length: int, *, seed, epoch, example_id) -> Mask
 
 
 def complementary_masks(
-    response, block_length=None, mask_ratio=(0.5, 0.5), unmasking_step=None, *, seed, epoch, example_id
+    response: torch.Tensor,
+    block_length: int | None = None,
+    mask_ratio: tuple[float, float] = (0.5, 0.5),
+    unmasking_step: torch.LongTensor | None = None,
+    *,
+    seed: int,
+    epoch: int,
+    example_id: torch.LongTensor,
 ) -> Masks:
     """dParallel's two views of each example, which together score every token of a span once
     (https://arxiv.org/abs/2509.26488, section 3.3). The span is a random block, as in `block_masks`, or the whole
@@ -144,7 +157,7 @@ def complementary_masks(
     )
 
 
-def gather_positions(masked: torch.BoolTensor, multiple: int = 8):
+def gather_positions(masked: torch.BoolTensor, multiple: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """The masked positions of each row, first to last: (B, T) -> positions (B, M) and is_real (B, M). M is the largest
     number in a row, rounded up to a multiple of `multiple`: 8 because matrix units like it, more for fewer shapes.
     Rows are filled up with positions that are not real."""

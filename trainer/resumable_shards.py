@@ -2,7 +2,9 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 from accelerate import PartialState
@@ -10,7 +12,15 @@ from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 
 
-def map_in_shards(function, items, folder, settings, shard_size=512, desc=None, describe=None) -> Dataset:
+def map_in_shards(
+    function: Callable[[int, Any], list[dict]],
+    items: Any,
+    folder: str | Path,
+    settings: dict[str, Any],
+    shard_size: int = 512,
+    desc: str | None = None,
+    describe: Callable[[list[dict]], dict] | None = None,
+) -> Dataset:
     """Compute rows for `items`, shard by shard, on all processes, and return them in the order of the items.
 
     A shard is an Arrow file in `folder` that appears complete or not at all. After a kill at any moment, the same
@@ -84,14 +94,14 @@ def _compare_settings(folder, settings):
         )
 
 
-def differences(saved, settings) -> str:
+def differences(saved: dict[str, Any], settings: dict[str, Any]) -> str:
     """Of two nested dictionaries of settings, those that differ, in words: "`name` was 1, is 2; ..."."""
     saved, settings = flattened(saved), flattened(settings)
     changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
     return "; ".join(f"`{name}` was {saved.get(name)!r}, is {settings.get(name)!r}" for name in changed)
 
 
-def flattened(settings) -> dict:
+def flattened(settings: dict[str, Any]) -> dict:
     """{"a": {"b": 1}} to {"a.b": 1}, so that of many settings the one that differs is named."""
     flat = {}
     for name, value in settings.items():

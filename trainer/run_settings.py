@@ -4,13 +4,14 @@ import hashlib
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from accelerate.logging import get_logger
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from .resumable_shards import differences, flattened
 
@@ -37,7 +38,7 @@ NOT_OF_AN_ADAPTER = (
 )  # fmt: skip
 
 
-def run_settings(args, dataset, batch_size) -> dict:
+def run_settings(args: TrainingArguments, dataset: Dataset | IterableDataset, batch_size: int | None) -> dict:
     """The settings of a run but those of its model.
 
     Args:
@@ -58,7 +59,7 @@ def run_settings(args, dataset, batch_size) -> dict:
     return settings
 
 
-def model_settings(model) -> dict:
+def model_settings(model: PreTrainedModel | PeftModel) -> dict:
     """Those of a model or adapter, before its weights are sharded."""
     settings = {"model_type": model.config.model_type, "dtype": str(model.dtype), "adapter": {"peft_type": None}}
     if isinstance(model, PeftModel):
@@ -73,12 +74,12 @@ def _as_json(value):
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def save_settings(settings, checkpoint):
+def save_settings(settings: dict[str, Any], checkpoint: str | Path) -> None:
     Path(checkpoint).mkdir(parents=True, exist_ok=True)
     (Path(checkpoint) / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=_as_json) + "\n")
 
 
-def changed_settings(checkpoint, settings) -> str:
+def changed_settings(checkpoint: str | Path, settings: dict[str, Any]) -> str:
     """What a checkpoint was trained with, and what differs now, in words; empty if nothing does. What only one of the
     two has, which another version may have saved, is not compared."""
     path = Path(checkpoint) / SETTINGS_FILE
@@ -91,7 +92,7 @@ def changed_settings(checkpoint, settings) -> str:
     return differences({name: saved[name] for name in both}, {name: now[name] for name in both})
 
 
-def dataset_digest(dataset) -> str:
+def dataset_digest(dataset: Dataset | IterableDataset) -> str:
     """A hash of the tokens of all prepared rows, in their order."""
     digest = hashlib.blake2b(digest_size=8)
     names = sorted({"input_ids", "prompt_length", "example_id", "unmasking_step"} & set(dataset.column_names))

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
+from typing import Any
 
 from accelerate.logging import get_logger
+from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 from trl import apply_chat_template, is_conversational
 
@@ -13,7 +16,16 @@ row_logger = logging.get_logger(__name__)  # for what is said of rows, also in p
 DATASET_FORMATS = (("prompt", "completion"), ("messages",), ("text",), ("input_ids", "prompt_length"))
 
 
-def prepare_example(example, index=None, *, tokenizer, max_length, response_length, mask_token_id, name):
+def prepare_example(
+    example: dict[str, Any],
+    index: int | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None,
+    response_length: int | None,
+    mask_token_id: int,
+    name: str,
+) -> dict[str, Any]:
     """A row of a dataset to `input_ids`, `prompt_length` and `example_id`. In a stream, where an index would differ
     from worker to worker, the id is a hash of the tokens."""
     if {"input_ids", "prompt_length"} <= set(example):
@@ -28,7 +40,7 @@ def prepare_example(example, index=None, *, tokenizer, max_length, response_leng
     return {**row, "example_id": own if isinstance(own, int) else index}
 
 
-def has_response(row, counts=None, name=None):
+def has_response(row: dict[str, Any], counts: dict[str, int] | None = None, name: str | None = None) -> bool:
     """Filter of prepared rows. Of a stream, it counts and says at 1, 2, 4, 8, ... how many it dropped."""
     keep = row["prompt_length"] < len(row["input_ids"])
     if counts is not None:
@@ -39,7 +51,12 @@ def has_response(row, counts=None, name=None):
     return keep
 
 
-def tokenize_example(example, tokenizer, max_length=None, response_length=None):
+def tokenize_example(
+    example: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int | None = None,
+    response_length: int | None = None,
+) -> dict[str, Any]:
     """One row of a dataset to `input_ids` and `prompt_length`. The response ends with end-of-text, and is filled up
     with it to `response_length` tokens, or to `max_length` for prompt and response; `text` is not filled up."""
     if "messages" in example:
@@ -68,7 +85,7 @@ def tokenize_example(example, tokenizer, max_length=None, response_length=None):
     return lay_out_tokens(row, eos, max_length, response_length)
 
 
-def tokenize_prompt(row, tokenizer):
+def tokenize_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """A row with `prompt` or `messages` to the token ids that an answer is written behind: the prompt of
     `tokenize_example`. Of `messages`, the last one is the answer."""
     prompt = row["prompt"] if row.get("prompt") or "messages" not in row else row["messages"][:-1]
@@ -101,7 +118,9 @@ def _as_text(row, columns, tokenizer):
     return apply_chat_template(messages, tokenizer, tools), False
 
 
-def lay_out_tokens(row, eos_token_id, max_length=None, response_length=None):
+def lay_out_tokens(
+    row: dict[str, Any], eos_token_id: int, max_length: int | None = None, response_length: int | None = None
+) -> dict[str, Any]:
     """Cut `input_ids` to its lengths, and fill a response that ends with end-of-text up with it. `unmasking_step`, one
     number for each response token, becomes one for each token, -1 where the teacher wrote nothing."""
     ids, start = row["input_ids"], row["prompt_length"]
@@ -120,7 +139,7 @@ def lay_out_tokens(row, eos_token_id, max_length=None, response_length=None):
     return result
 
 
-def padding_share(rows, eos_token_id) -> float:
+def padding_share(rows: Iterable[dict[str, Any]], eos_token_id: int) -> float:
     """The share of the response tokens of prepared rows that fill them up: end-of-text behind the first one."""
     learned = filled = 0
     for row in rows:

@@ -4,10 +4,11 @@ import json
 import re
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from peft import PeftType
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from dparallel.hub_cards.hub_ids import is_hub_id, looks_like_hub_id
 from dparallel.hub_cards.measurements import here_and_now
@@ -25,7 +26,7 @@ CACHED = re.compile(r"/([^/]+?)___([^/]+)/[^/]+/[0-9.]+/")
 PACKAGES = ("dparallel", "transformers", "torch", "accelerate", "datasets", "peft")
 
 
-def hub_datasets(*datasets) -> list[str]:
+def hub_datasets(*datasets: Any) -> list[str]:
     """Hub ids of the datasets that these were made from, as far as they tell: `load_dataset` keeps the rows of
     user/name in a folder user___name/configuration/version, and what `map` and `filter` make of them below it. What
     was saved and loaded again tells if its `info.dataset_name` is a Hub id."""
@@ -38,13 +39,13 @@ def hub_datasets(*datasets) -> list[str]:
     return sorted(ids)
 
 
-def training_record(trainer, datasets) -> dict:
+def training_record(trainer: Trainer, datasets: list[str]) -> dict:
     """Of a trainer, after training: model, data (Hub ids), arguments, adapter, versions, hardware, date."""
     args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
     values = args.to_dict()  # plain ones: "cosine" for SchedulerType.COSINE
     own = [field.name for field in fields(args) if field.name not in TrainingArguments.__dataclass_fields__]
-    used = [name for name in ARGUMENTS if name != ("num_train_epochs" if args.max_steps > 0 else "max_steps")]
-    used = {name: values[name] for name in used if values[name] is not False}
+    names = [name for name in ARGUMENTS if name != ("num_train_epochs" if args.max_steps > 0 else "max_steps")]
+    used = {name: values[name] for name in names if values[name] is not False}
     used |= {name: values[name] for name in own if name not in NOT_OF_THE_METHOD}
     arguments = {name: value for name, value in used.items() if value is not None}
     batch_size = trainer.get_total_train_batch_size(args)  # which `auto_find_batch_size` may have made smaller
@@ -86,5 +87,5 @@ def _describe(adapter):
     return found | {"target_modules": modules if isinstance(modules, str) else ", ".join(sorted(modules))}
 
 
-def save_training_record(trainer, datasets, folder):
+def save_training_record(trainer: Trainer, datasets: list[str], folder: str | Path) -> None:
     (Path(folder) / TRAINING_FILE).write_text(json.dumps(training_record(trainer, datasets), indent=1) + "\n")

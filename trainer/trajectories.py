@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset, Value, concatenate_datasets
+from peft import PeftModel
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .resumable_shards import map_in_shards
 from .tokenization import tokenize_prompt
@@ -16,19 +21,19 @@ COLUMNS = "example_id input_ids prompt_length response num_forward_passes unmask
 
 
 def generate_trajectories(
-    model,
-    tokenizer,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompts: Dataset,
-    output_dir,
-    judge=None,
+    output_dir: str | Path,
+    judge: Callable[[dict], bool] | None = None,
     *,
-    batch_size=16,
-    shard_size=64,
-    seed=0,
-    num_proc=None,
-    max_new_tokens=256,
-    unmasking="confidence",
-    **settings,
+    batch_size: int = 16,
+    shard_size: int = 64,
+    seed: int = 0,
+    num_proc: int | None = None,
+    max_new_tokens: int = 256,
+    unmasking: str = "confidence",
+    **settings: Any,
 ) -> Dataset:
     """Let a teacher answer prompts with `model.generate()`, by default greedily and one token a pass: the slow
     trajectory that dParallel distils (https://arxiv.org/abs/2509.26488, section 3.1).
@@ -154,7 +159,12 @@ def _judge_all(is_right, verdicts, dataset):
     return [known[i] for i in range(len(dataset))]
 
 
-def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
+def decode_prompts(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    **settings: Any,
+) -> list[dict]:
     """Answer one batch of prompts, each a list of token ids, with `model.generate(**settings)`.
 
     Returns:
@@ -187,7 +197,7 @@ def decode_prompts(model, tokenizer, prompts, **settings) -> list[dict]:
     ]
 
 
-def rows_digest(dataset) -> str:
+def rows_digest(dataset: Dataset) -> str:
     """A hash of all rows, in their order."""
     digest = hashlib.blake2b(digest_size=16)
     for row in dataset:
@@ -195,7 +205,7 @@ def rows_digest(dataset) -> str:
     return digest.hexdigest()
 
 
-def model_digest(model) -> str:
+def model_digest(model: PreTrainedModel | PeftModel) -> str:
     """A hash of all weights and of the configuration, adapters' included."""
     ignored = ("_name_or_path", "transformers_version")
     config = {name: value for name, value in model.config.to_diff_dict().items() if name not in ignored}
@@ -211,7 +221,7 @@ def model_digest(model) -> str:
     return digest.hexdigest()
 
 
-def tensor_checksum(tensor, chunk=2**24) -> int:
+def tensor_checksum(tensor: torch.Tensor, chunk: int = 2**24) -> int:
     """64 bits of a tensor's bytes, the same on every device: the sum of its 8-byte words, each times an odd number
     that its place decides, modulo 2**64. One changed word always shows. Made where the tensor is, so that the weights
     on a GPU need not be copied to the host."""

@@ -26,7 +26,7 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-")
 _BOX = re.compile(r"\\(?:f?boxed|fbox|framebox)\s*\{|\\boxed\s+(-?\w+(?:[.,]\d+)*)")
 
 
-def final_number(text) -> Fraction | None:
+def final_number(text: str) -> Fraction | None:
     """The number that a text ends up with: the last in its last `\\boxed{}`, else the first behind its last `####` (as
     GSM8K marks it), else the last of all.
 
@@ -44,7 +44,7 @@ def final_number(text) -> Fraction | None:
     return numbers[-1] if numbers else None
 
 
-def last_boxed(text) -> str | None:
+def last_boxed(text: str) -> str | None:
     """What is in the last complete `\\boxed{...}` or `\\fbox{...}`, braces inside included, or behind `\\boxed `."""
     for match in reversed(list(_BOX.finditer(text))):
         if match[1]:

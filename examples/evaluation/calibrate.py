@@ -11,18 +11,32 @@ threshold is written all the same. Calibrate on problems that you do not report.
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
-from dparallel.hub_cards.measurements import RESULTS_FILE, Difference, fastest, paired_difference
+from dparallel.hub_cards.measurements import RESULTS_FILE, Difference, Measurement, fastest, paired_difference
 
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
 from .evaluation import verdicts_of, write_measurements
 from .sweep import DEFAULT_GRID, decodings_of, folder_name, number_of, sweep, to_table
+from .tasks import Task
 
 
-def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, margin=0.01, bar=None, **arguments):
+def calibrate(
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    unmasking: str,
+    thresholds: list[float],
+    *,
+    margin: float = 0.01,
+    bar: float | None = None,
+    **arguments: Any,
+) -> tuple[Measurement | None, list[Measurement]]:
     """Of these thresholds the fastest whose accuracy is at most `margin` below that of one token a pass, without a
     cache. The thresholds are tried with the cache that the checkpoint, or `arguments`, has.
 
@@ -54,7 +68,9 @@ def calibrate(task, model, tokenizer, output_dir, unmasking, thresholds, *, marg
     return chosen, [*points, *fast]
 
 
-def difference_to_slow(output_dir, chosen, points, bar=None) -> Difference:
+def difference_to_slow(
+    output_dir: str | Path, chosen: Measurement, points: list[Measurement], bar: float | None = None
+) -> Difference:
     """How much more accurate the chosen threshold is than one token a pass, with its 95% interval: on the same
     problems, or, where only a `bar` is known, from the interval of the threshold's own accuracy. Arguments as
     `calibrate` takes and returns them."""
@@ -68,7 +84,7 @@ def difference_to_slow(output_dir, chosen, points, bar=None) -> Difference:
     return paired_difference(fast, slow)
 
 
-def warning_of_noise(difference, margin, count) -> str | None:
+def warning_of_noise(difference: Difference, margin: float, count: int) -> str | None:
     """What to say where the difference may be a loss of more than the margin."""
     if difference.low >= -margin:
         return None
@@ -83,7 +99,7 @@ def warning_of_noise(difference, margin, count) -> str | None:
     return f"{words} About {wanted:,} problems (--limit) could tell, or allow more (--margin)."
 
 
-def main():
+def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.calibrate")
     parser.add_argument(
         "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"

@@ -1,18 +1,20 @@
 """What the commands that evaluate have in common."""
 
+import argparse
 import importlib.util
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.hub import extract_commit_hash
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id, file_of
-from dparallel.hub_cards.measurements import RESULTS_FILE
+from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.hub_cards.merge import load_adapted, load_tokenizer
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 
@@ -23,16 +25,16 @@ ADAPTER_FILE = "adapter_config.json"
 HEADER = "| task | model | decoding | NFE | TPF | accuracy % (95% interval) |\n" + "| --- " * 6 + "|"
 
 
-def load_from_file(path, name):
+def load_from_file(path: str | Path, name: str) -> Any:
     """What a Python file calls `name`; None if it has no such thing."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec: Any = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     sys.path.insert(0, str(Path(path).parent))  # a file may import its neighbours
     spec.loader.exec_module(module)
     return getattr(module, name, None)
 
 
-def find_task(name) -> Task:
+def find_task(name: str) -> Task:
     """One of `TASKS` by its key, or `path.py:NAME` for one of your own."""
     if name in TASKS:
         return TASKS[name]
@@ -45,7 +47,7 @@ def find_task(name) -> Task:
     return task
 
 
-def add_model_arguments(parser):
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hub id or folder of a model, or of a LoRA adapter")
     parser.add_argument(
         "--adapter", help="Hub id or folder of a LoRA adapter for the model, which is not merged (default: none)"
@@ -62,7 +64,7 @@ def add_model_arguments(parser):
     )
 
 
-def add_data_arguments(parser):
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data",
         help="JSON-lines file, or folder of such files, with the questions (default: what the environment variable "
@@ -88,7 +90,7 @@ def _given(arguments, *names) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
-def data_arguments(arguments, task) -> dict:
+def data_arguments(arguments: argparse.Namespace, task: Task) -> dict:
     """Those of `evaluate_task`; after a look, which takes less time than loading a model, whether the task can be
     done with them."""
     batch_size, shard_size = arguments.batch_size, arguments.shard_size
@@ -105,7 +107,7 @@ def data_arguments(arguments, task) -> dict:
     return {**asked, **_given(arguments, "max_new_tokens"), "batch_size": batch_size, "shard_size": shard_size}
 
 
-def load_model(arguments):
+def load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model for decoding, on the device of this process, and its tokenizer. `--model` may be an adapter: its base
     model is loaded, and decodes by what the adapter was distilled for, as with `--adapter`."""
     for name, value in _given(arguments, "model", "adapter").items():
@@ -126,7 +128,7 @@ def load_model(arguments):
     return model.to(device).eval(), tokenizer
 
 
-def is_adapter(model, revision=None) -> bool:
+def is_adapter(model: object, revision: str | None = None) -> bool:
     """Is a folder or Hub id that of an adapter, and not of a whole model?"""
     return isinstance(model, (str, Path)) and file_of(model, ADAPTER_FILE, revision) is not None
 
@@ -142,7 +144,7 @@ def _base_and_adapter(arguments):
     return None, arguments.model, arguments.revision
 
 
-def origin_from(arguments, model) -> dict:
+def origin_from(arguments: argparse.Namespace, model: PreTrainedModel) -> dict:
     """What results say of where the model is from, see `Measurement`."""
     found = origin_of(model)
     _, adapter, revision = _base_and_adapter(arguments)
@@ -154,14 +156,14 @@ def origin_from(arguments, model) -> dict:
     return found
 
 
-def table_row(measurement, model) -> str:
+def table_row(measurement: Measurement, model: str) -> str:
     return (
         f"| {measurement.task}{measurement.shots}, {measurement.num_examples} | {model} | {measurement.settings} "
         f"| {measurement.nfe:.1f} | {measurement.tpf:.2f} | {measurement.accuracy_in_words} |"
     )
 
 
-def add_decoding_arguments(parser):
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of `generate()` that `DECODING_ARGUMENTS` names."""
     group = parser.add_argument_group("decoding", "arguments of generate(); by default as the checkpoint was saved")
 
@@ -184,7 +186,7 @@ def add_decoding_arguments(parser):
     add("--eos_threshold", "end an answer at an end-of-text that is predicted with this probability", type=float)
 
 
-def evaluate_from_command_line(task):
+def evaluate_from_command_line(task: Task) -> None:
     """All that a benchmark's script does, whose docstring is the text of `--help`."""
     parser = CommandParser(
         sys.modules["__main__"].__doc__ or f"Accuracy and forward passes of a model on {task.name}."

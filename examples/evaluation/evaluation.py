@@ -2,11 +2,14 @@
 
 import json
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement, here_and_now
 from dparallel.modeling import POLICIES
@@ -15,6 +18,7 @@ from dparallel.trainer.tokenization import tokenize_prompt
 from dparallel.trainer.trajectories import decode_prompts
 
 from .metrics import DecodingEfficiency
+from .tasks import Task
 
 SAMPLES_FILE = "samples.jsonl"
 SECONDS_FILE = "seconds.json"
@@ -27,20 +31,20 @@ DECODING_ARGUMENTS = (  # of generate(), as commands take them
 
 
 def evaluate_task(
-    task,
-    model,
-    tokenizer,
-    output_dir,
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
     *,
-    split=None,
-    data=None,
-    limit=None,
-    num_fewshot=None,
-    batch_size=16,
-    shard_size=32,
-    origin=None,
-    warm_up=False,
-    **decoding,
+    split: str | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 16,
+    shard_size: int = 32,
+    origin: dict[str, str] | None = None,
+    warm_up: bool = False,
+    **decoding: Any,
 ) -> Measurement:
     """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
 
@@ -136,14 +140,14 @@ def _decode_a_batch(model, tokenizer, questions, batch_size, settings):
     decode_prompts(model, tokenizer, ids, generator=generator, **settings)
 
 
-def stopping_at(stop_strings, model, settings) -> dict:
+def stopping_at(stop_strings: Sequence[str], model: PreTrainedModel, settings: dict[str, Any]) -> dict:
     """Arguments of `generate()` with strings to stop at, where rows may end early at all."""
     config, _ = model._prepare_generation_config(None, **settings)
     may_end = config.stop_at_eos and (config.pad_token_id is not None or config.eos_token_id is not None)
     return {"stop_strings": list(stop_strings), **settings} if stop_strings and may_end else settings
 
 
-def resolve_decoding(model, settings) -> dict:
+def resolve_decoding(model: PreTrainedModel, settings: dict[str, Any]) -> dict:
     """What decoding with these arguments of `generate()` goes by: theirs, the checkpoint's own, and the defaults."""
     config, _ = model._prepare_generation_config(None, **settings)
     policy = POLICIES[config.unmasking]
@@ -163,7 +167,7 @@ def resolve_decoding(model, settings) -> dict:
     return {name: value for name, value in found.items() if name not in hidden or name in settings}
 
 
-def origin_of(model) -> dict:
+def origin_of(model: PreTrainedModel) -> dict:
     """Where a model is from, as far as it knows: the Hub id, or the folder's name, and the commit on the Hub."""
     name = model.name_or_path
     found = {
@@ -173,7 +177,7 @@ def origin_of(model) -> dict:
     return {key: value for key, value in found.items() if value}
 
 
-def check_decoding(model, decoding):
+def check_decoding(model: PreTrainedModel, decoding: dict[str, Any]) -> None:
     """Refuse arguments of `generate()` that it would refuse, and such as have no effect, which tables would show.
 
     Raises:
@@ -199,23 +203,23 @@ def _where_it_began(output_dir, is_new):
     return json.loads(path.read_text())
 
 
-def seconds_of(output_dir) -> float | None:
+def seconds_of(output_dir: str | Path) -> float | None:
     """What an evaluation took, if it was done in one go."""
     path = Path(output_dir) / SECONDS_FILE
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def verdicts_of(output_dir) -> list[bool]:
+def verdicts_of(output_dir: str | Path) -> list[bool]:
     """Which of its questions an evaluation has right."""
     return [json.loads(line)["correct"] for line in (Path(output_dir) / SAMPLES_FILE).read_text().splitlines()]
 
 
-def to_entries(measurements) -> list[dict]:
+def to_entries(measurements: Iterable[Measurement]) -> list[dict]:
     """Measurements for JSON, with tokens per second beside the seconds, and without what is not known."""
     entries = [{**asdict(each), "tokens_per_second": each.tokens_per_second} for each in measurements]
     return [{name: value for name, value in entry.items() if value is not None} for entry in entries]
 
 
-def write_measurements(measurements, path):
+def write_measurements(measurements: Iterable[Measurement], path: str | Path) -> None:
     """A results file."""
     Path(path).write_text(json.dumps({"measurements": to_entries(measurements)}, indent=1) + "\n")

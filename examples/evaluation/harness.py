@@ -15,6 +15,10 @@ it found in the harness's cache. `--output_path` says where they go.
 import logging
 import re
 import sys
+from typing import Any, NoReturn
+
+from lm_eval.api.instance import Instance
+from transformers import PreTrainedModel
 
 try:
     import lm_eval.models  # noqa: F401  (its own models are registered first)
@@ -54,7 +58,7 @@ class DiffusionLM(HFLM):
         unmasking, threshold, steps, ...: arguments of `generate()`; what is not given is as the checkpoint has it.
     """
 
-    def __init__(self, pretrained=None, **arguments):
+    def __init__(self, pretrained: str | PreTrainedModel | None = None, **arguments: Any):
         if pretrained is None:
             raise ValueError("`pretrained=None` is not allowed: name a model, `--model_args pretrained=user/repo`.")
         if isinstance(pretrained, str):
@@ -81,7 +85,7 @@ class DiffusionLM(HFLM):
         """Tokens of an answer where neither the task nor `--gen_kwargs` says how many: the checkpoint's own number."""
         return self.model.generation_config.max_new_tokens or super().max_gen_toks
 
-    def generate_until(self, requests, disable_tqdm=False):
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         answers = {}
         for task in dict.fromkeys(request.task_name for request in requests):  # each with counts of its own
             self._counts = []
@@ -100,12 +104,12 @@ class DiffusionLM(HFLM):
         self._counts += zip(output.num_forward_passes.tolist(), output.num_tokens.tolist(), strict=True)
         return output.sequences
 
-    def loglikelihood(self, requests, disable_tqdm=False):
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> NoReturn:
         raise NotImplementedError(LIKELIHOODS.format(task=requests[0].task_name))
 
     loglikelihood_rolling = loglikelihood
 
-    def get_model_info(self):
+    def get_model_info(self) -> dict[str, Any]:
         found = {name: {task: each[name] for task, each in self.efficiency.items()} for name in ("nfe", "tpf")}
         return super().get_model_info() | found | {"decoding": self.decoding, "resolved_decoding": self._resolved()}
 

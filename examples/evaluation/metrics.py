@@ -4,7 +4,9 @@ NumericAnswer().compute(predictions=["... so it is 1,234."], references=["#### 1
 """
 
 import math
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 
 import datasets
 import evaluate
@@ -25,17 +27,17 @@ def _info(description, features, citation=""):
     )
 
 
-def same_number(prediction, reference) -> bool:
+def same_number(prediction: str, reference: str) -> bool:
     """Do both texts end up with the same number (see `answers.final_number`)? Fractions may be rounded, to within a
     millionth."""
     number, expected = final_number(prediction), final_number(reference)
     if number is None or expected is None:
         return False
     is_whole = number.denominator == expected.denominator == 1
-    return number == expected or (not is_whole and abs(number - expected) <= max(1, abs(expected)) / 10**6)
+    return number == expected or (not is_whole and abs(number - expected) <= max(Fraction(1), abs(expected)) / 10**6)
 
 
-def same_formula(prediction, reference) -> bool:
+def same_formula(prediction: str, reference: str) -> bool:
     """Do both texts end up with the same expression, as `math-verify` judges it? A reference may be the expression
     alone. Call it in the main thread: its time limits are signals.
 
@@ -108,7 +110,7 @@ class PassAtK(evaluate.Metric):
         return {f"pass@{each}": sum(pass_at_k(n, c, each) for n, c in right) / len(right) for each in k}
 
 
-def pass_at_k(n, c, k) -> float:
+def pass_at_k(n: int, c: int, k: int) -> float:
     """Chance that one of k answers is right, when c of n were."""
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
@@ -136,7 +138,9 @@ class AccuracyUnderParallelism(evaluate.Metric):
         return {"aup": accuracy_under_parallelism(tpf, accuracy, best_accuracy)}
 
 
-def accuracy_under_parallelism(tpf, accuracy, best_accuracy=None) -> float:
+def accuracy_under_parallelism(
+    tpf: Sequence[float], accuracy: Sequence[float], best_accuracy: float | None = None
+) -> float:
     """d3LLM's AUP (https://arxiv.org/abs/2601.07568): the area under accuracy against tokens per forward pass, where
     accuracy y counts by the weight min(exp(-3 (1 - y / best)), 1), and points more than 5 below the slowest are left
     out.

@@ -26,7 +26,7 @@ _CODE_BEGINS = r"(?:(?:async\s+)?def|class|from|import)\s+\w|@\w"
 _HELPERS = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
-def extract_code(text, entry_point=None, prompt=None) -> str:
+def extract_code(text: str, entry_point: str | None = None, prompt: str | None = None) -> str:
     """The program in an answer.
 
     Of several, the first that defines `entry_point`, a fenced one before one that is not, together with what it needs
@@ -53,7 +53,7 @@ def extract_code(text, entry_point=None, prompt=None) -> str:
     return head + _first_block(text)
 
 
-def called_names(tests) -> list[str]:
+def called_names(tests: str) -> list[str]:
     """The functions that a program of tests calls and does not define, in the order of the text.
 
     Args:
@@ -62,10 +62,13 @@ def called_names(tests) -> list[str]:
     tree = _parse(tests)
     if not isinstance(tree, ast.Module):
         return []
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
-    calls.sort(key=lambda call: (call.lineno, call.col_offset))
+    calls = sorted(
+        (node.lineno, node.col_offset, node.func.id)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    )
     known = set(dir(builtins)) | _bound(tests)
-    return [name for name in dict.fromkeys(call.func.id for call in calls) if name not in known]
+    return [name for name in dict.fromkeys(name for _, _, name in calls) if name not in known]
 
 
 # Where a program may be

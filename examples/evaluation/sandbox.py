@@ -12,6 +12,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 GRACE = 30.0  # seconds on top of the timeout, after which also the process of the tests is given up
@@ -32,7 +33,7 @@ class Verdict:
     reason: str
 
 
-def require_permission():
+def require_permission() -> None:
     """Raises a PermissionError unless the environment variable HF_ALLOW_CODE_EVAL is "1" (as for code_eval of Hugging
     Face's `evaluate`), and a RuntimeError on another platform than Linux."""
     if os.environ.get("HF_ALLOW_CODE_EVAL") != "1":
@@ -44,7 +45,7 @@ def require_permission():
         raise RuntimeError(f"Only Linux is supported for running generated code, not {sys.platform}.")
 
 
-def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
+def run_tests(program: str, tests: str, *, timeout: float = 10.0, memory: int = 512) -> Verdict:
     """Run a program that nobody has read, confined, and then tests that call what it defines.
 
     Program and tests run in two processes, which exchange plain values: a test calls a function of the program by a
@@ -105,7 +106,7 @@ def run_tests(program, tests, *, timeout=10.0, memory=512) -> Verdict:
         environment = {"HOME": folder, "TMPDIR": folder, "PATH": os.defpath, "LANG": "C.UTF-8", "PYTHONHASHSEED": "0"}
         if "LD_LIBRARY_PATH" in os.environ:  # where some installations have Python's own library
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        pipes = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
+        pipes: dict[str, Any] = {name: subprocess.PIPE for name in ("stdin", "stdout", "stderr")}
         with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes) as process:
             try:
                 output, errors = process.communicate(source + task, timeout + GRACE)

@@ -194,7 +194,7 @@ class StandIn:
     """For what is no plain value: a function, a class, an object of one. It can be called, its attributes read and
     set, and gone through. A comparison is refused: the program's class would decide it."""
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __init__(self, program, number):
         self.__dict__.update(_program=program, _number=number)

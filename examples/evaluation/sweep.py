@@ -10,10 +10,13 @@ decoded once more beforehand: on a GPU it also captures CUDA graphs.
 """
 
 import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
@@ -22,7 +25,9 @@ from dparallel.modeling import POLICIES
 from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
 from .evaluation import check_decoding, evaluate_task, has_no_answers, seconds_of, write_measurements
 from .plot import aup, curves_of, plot, title_of, with_aup
+from .tasks import Task
 
+EVALUATION_ARGUMENTS = frozenset(evaluate_task.__kwdefaults__ or ())  # the others are of generate()
 DEFAULT_GRID = {
     "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
     "entropy_threshold": [0.05, 0.1, 0.2, 0.3, 0.5],
@@ -30,12 +35,12 @@ DEFAULT_GRID = {
 }
 
 
-def number_of(unmasking) -> str:
+def number_of(unmasking: str) -> str:
     """The argument of `generate()` that says how fast a policy is."""
     return "steps" if POLICIES[unmasking].is_scheduled else "threshold"
 
 
-def parse_grid(words) -> dict[str, list[float]]:
+def parse_grid(words: Iterable[str]) -> dict[str, list[float]]:
     """["entropy_threshold=0.1,0.3", ...] to {"entropy_threshold": [0.1, 0.3], ...}.
 
     Raises:
@@ -60,7 +65,16 @@ def parse_grid(words) -> dict[str, list[float]]:
     return grid
 
 
-def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **arguments) -> list:
+def sweep(
+    task: Task,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    output_dir: str | Path,
+    grid: dict[str, list[float]],
+    *,
+    caches: Sequence[str | None] = (None,),
+    **arguments: Any,
+) -> list:
     """Evaluate a model at every point of a grid.
 
     Args:
@@ -73,8 +87,9 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **argumen
         list of `Measurement`, with seconds where a point was decoded in one go. Each policy and cache is warmed up
         before the clock of its first point starts.
     """
-    own = {name: value for name, value in arguments.items() if name in evaluate_task.__kwdefaults__}
-    points, warm = [], set()
+    own = {name: value for name, value in arguments.items() if name in EVALUATION_ARGUMENTS}
+    points: list[Measurement] = []
+    warm: set[tuple] = set()
     for name, decoding in decodings_of(model, grid, caches=caches, **arguments).items():
         folder, kind = Path(output_dir) / name, (decoding["unmasking"], decoding.get("block_cache"))
         begins_anew = has_no_answers(folder)
@@ -85,7 +100,9 @@ def sweep(task, model, tokenizer, output_dir, grid, *, caches=(None,), **argumen
     return points
 
 
-def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]:
+def decodings_of(
+    model: PreTrainedModel, grid: dict[str, list[float]], *, caches: Sequence[str | None] = (None,), **arguments: Any
+) -> dict[str, dict]:
     """The points of a grid, see `sweep`: a name for each, and its arguments of `generate()`.
 
     Those that `arguments` has are in all of them, but a cache's not where there is none.
@@ -93,7 +110,7 @@ def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]
     Raises:
         ValueError: if one of them is wrong for the model.
     """
-    common = {name: value for name, value in arguments.items() if name not in evaluate_task.__kwdefaults__}
+    common = {name: value for name, value in arguments.items() if name not in EVALUATION_ARGUMENTS}
     found = {}
     for unmasking, cache in itertools.product(grid, caches):
         for value in grid[unmasking]:
@@ -107,7 +124,7 @@ def decodings_of(model, grid, *, caches=(None,), **arguments) -> dict[str, dict]
     return found
 
 
-def folder_name(decoding, names) -> str:
+def folder_name(decoding: dict[str, Any], names: Iterable[str]) -> str:
     """Of the evaluation at a point of a grid, which has arguments of these names."""
     return "-".join(str(decoding[name]) for name in names)
 
@@ -124,7 +141,7 @@ def to_table(points: list[Measurement]) -> str:
     return "\n".join(rows)
 
 
-def main():
+def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.sweep")
     parser.add_argument(
         "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"

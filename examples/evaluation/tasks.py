@@ -69,7 +69,7 @@ class Task:
     max_new_tokens: int = 256
     runs_code: bool = False
 
-    def load(self, split=None, data=None) -> Dataset:
+    def load(self, split: str | None = None, data: str | Path | None = None) -> Dataset:
         """The rows of a split: from `data` or the folder DPARALLEL_DATA, if either is given, else from the Hub.
 
         Args:
@@ -99,7 +99,7 @@ class Task:
             raise ValueError(f"{self.name}: the rows of {source} lack the columns {missing}.")
         return rows
 
-    def first_answer(self, text) -> str:
+    def first_answer(self, text: str) -> str:
         """A text up to the first of `stop_strings`, as models without chat training, or with examples before them, go
         on with a question of their own. One that nothing stands before which could be an answer, such as where a model
         repeats the question, is no end."""
@@ -108,7 +108,7 @@ class Task:
                 return text[: match.start()]
         return text
 
-    def require_sandbox(self):
+    def require_sandbox(self) -> None:
         """Raises `PermissionError` or another error if answers are programs, and those may not or cannot be run."""
         if self.runs_code:
             run_tests("", "assert True")
@@ -135,7 +135,14 @@ class Task:
             raise ValueError(f"{source} is not allowed for {self.name}: there is no file {path}.")
         return path
 
-    def questions(self, *, split=None, data=None, limit=None, num_fewshot=None) -> Dataset:
+    def questions(
+        self,
+        *,
+        split: str | None = None,
+        data: str | Path | None = None,
+        limit: int | None = None,
+        num_fewshot: int | None = None,
+    ) -> Dataset:
         """What is asked: the columns `prompt` (messages of one user) and `row` (JSON).
 
         Args:
@@ -162,7 +169,7 @@ class Task:
                 raise ValueError(
                     f"`num_fewshot={count!r}` is not allowed: there are {len(examples)} rows of examples."
                 )
-            shots = [f"{self.ask(row)}{self.solve(row)}" for row in examples.select(range(self.first_example, last))]
+            shots = [f"{self.ask(row)}{self.solve(row)}" for row in examples.select(range(self.first_example, last))]  # type: ignore[misc]
             if (split or self.split) == self.example_split:
                 rows = rows.select([i for i in range(len(rows)) if not self.first_example <= i < last])
         rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
@@ -182,7 +189,7 @@ def _solve_gsm8k(row):
     return f" {reasoning.strip()} The answer is \\boxed{{{number.strip()}}}."
 
 
-GSM8K = Task(
+GSM8K: Task = Task(
     name="GSM8K",
     dataset="openai/gsm8k",
     subsets=("main",),
@@ -196,7 +203,7 @@ GSM8K = Task(
     is_right=lambda row, text: same_number(GSM8K.first_answer(text), row["answer"]),
     stop_strings=("\nQuestion:",),
 )
-MATH = Task(
+MATH: Task = Task(
     name="MATH",
     dataset="EleutherAI/hendrycks_math",
     subsets=MATH_SUBJECTS,

@@ -6,6 +6,9 @@ Decoding stays close to exact all the same if only the current block is computed
 values of other positions are those of an earlier one ("Fast-dLLM", https://arxiv.org/abs/2505.22618).
 """
 
+from typing import Any
+
+import torch
 from transformers import Cache
 
 
@@ -23,13 +26,15 @@ class BlockCache(Cache):
         self.keys, self.values = [], []
         self.positions, self.stop = None, length
 
-    def place(self, positions, stop: int) -> "BlockCache":
+    def place(self, positions: torch.Tensor | None, stop: int) -> "BlockCache":
         """The next pass is one over these positions, a tensor (Q,), or over all before `stop` (None); it sees those
         before `stop`."""
         self.positions, self.stop = positions, stop
         return self
 
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keep the rotated keys and the values (B, heads, Q, head_dim) of a pass over Q positions; returns those of
         all positions that it sees."""
         keys, values, slots = self.of_layer(layer_idx, key_states)
@@ -37,7 +42,7 @@ class BlockCache(Cache):
         keys[:, :, slots], values[:, :, slots] = key_states, value_states
         return self.seen(layer_idx)
 
-    def of_layer(self, layer_idx, like):
+    def of_layer(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Keys and values of all positions (B, heads, T, head_dim), and which of them the pass computes (Q,), None for
         all before `stop`. At first, the device and so on are those of a tensor `like` (B, heads, Q, head_dim)."""
         if layer_idx == len(self.keys):
@@ -46,11 +51,11 @@ class BlockCache(Cache):
         positions = None if self.positions is None else self.positions.to(like.device)
         return self.keys[layer_idx], self.values[layer_idx], positions
 
-    def seen(self, layer_idx):
+    def seen(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values that the pass attends to."""
         return self.keys[layer_idx][:, :, : self.stop], self.values[layer_idx][:, :, : self.stop]
 
-    def take_rows(self, other: "BlockCache", rows):
+    def take_rows(self, other: "BlockCache", rows: torch.Tensor) -> None:
         """Keep what another cache of this length holds for these rows (a tensor of their numbers)."""
         for mine, others in ((self.keys, other.keys), (self.values, other.values)):
             for layer, states in enumerate(others):

@@ -14,6 +14,7 @@ from transformers.generation import (
     InfNanRemoveLogitsProcessor,
     LogitNormalization,
     LogitsProcessor,
+    LogitsProcessorList,
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -41,7 +42,7 @@ OF_ANY_BLOCK = (
 )  # fmt: skip
 
 
-def check_processors(processors, block_length: int):
+def check_processors(processors: LogitsProcessorList | None, block_length: int) -> None:
     """Refuse those that need the tokens to the left to be decided; in blocks of one token, they are. A class of the
     user's own is taken for one that knows what it sees, unless it derives from one that does not.
 
@@ -62,12 +63,12 @@ def check_processors(processors, block_length: int):
             )
 
 
-def is_positionwise(processors) -> bool:
+def is_positionwise(processors: LogitsProcessorList) -> bool:
     """Do all of them look at the logits of a position and at nothing else?"""
     return all(type(processor) in POSITIONWISE for processor in processors)
 
 
-def process(processors, logits, ids, first: int) -> torch.Tensor:
+def process(processors: LogitsProcessorList, logits: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
     """The logits (B, K, V) of a block as the processors leave them, in float32 where there are any.
 
     Args:

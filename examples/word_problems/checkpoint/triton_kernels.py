@@ -4,8 +4,10 @@
 Each function has a plain twin where it is called, with the same rounding; `suit_kernels` says which one it is to be.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers.utils import logging
@@ -24,7 +26,7 @@ MAX_WRITE_LENGTH = 2048  # of answers, for `fused_write`: beyond, compiling it t
 MAX_QUERIES = 64  # of `fused_attention`: a block, and the one before it
 
 
-def suit_kernels(*tensors) -> bool:
+def suit_kernels(*tensors: torch.Tensor) -> bool:
     """Do these tensors suit the kernels?"""
     first = tensors[0]
     return (
@@ -132,7 +134,9 @@ def _whole_statistics(partial, tokens, statistics, parts, rows, PARTS: tl.conste
     tl.store(statistics + 2 * rows + row, confidence - tl.exp(second - overall) / total)
 
 
-def fused_token_statistics(logits, mask_token_id):
+def fused_token_statistics(
+    logits: torch.Tensor, mask_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Likeliest token but `[MASK]`, its probability, the entropy, and the margin to the second, of logits (B, K, V):
     see `token_statistics.py`. Returns int64 and three float32, each (B, K)."""
     vocab_size = logits.shape[-1]
@@ -171,7 +175,9 @@ def _rms_norm(x, residual, weight, total, out, size, eps, HAS_RESIDUAL: tl.const
     tl.store(out + place, normed, exists)
 
 
-def fused_rms_norm(x, weight, eps, residual=None):
+def fused_rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """weight * x / sqrt(mean(x²) + eps), over the last dimension. With a residual of the same shape: the sum of the
     two, and the norm of that."""
     x = x.contiguous()
@@ -215,7 +221,15 @@ def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, slots, l
     tl.store(target + HALF, second * c + first * s, exists)
 
 
-def fused_rotate(query, key, cos, sin, value=None, kept=None, slots=None):
+def fused_rotate(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    value: torch.Tensor | None = None,
+    kept: Sequence[torch.Tensor] | None = None,
+    slots: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim / 2) in float32.
 
     Returns queries and keys. With `kept`, a pair of tensors (B, key heads, slots, head_dim) that lie alike, the keys
@@ -224,7 +238,7 @@ def fused_rotate(query, key, cos, sin, value=None, kept=None, slots=None):
     batch_size, query_heads, length, size = query.shape
     key_heads = key.shape[1]
     new_query = query.new_empty(batch_size, length, query_heads, size)
-    if kept is None:
+    if kept is None or value is None:
         new_key = key.new_empty(batch_size, length, key_heads, size).transpose(1, 2)
         value, new_value = key, new_key
     else:
@@ -250,7 +264,7 @@ def _silu_product(gate, up, out, gate_stride, up_stride, size, BLOCK: tl.constex
     tl.store(out + row * size + columns, activated * tl.load(up + row * up_stride + columns, exists, 0.0), exists)
 
 
-def fused_silu_product(gate, up):
+def fused_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, both (B, T, D) with rows of any distance."""
     size = gate.shape[-1]
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
@@ -321,7 +335,9 @@ def _whole_attention(partial, sums, maxima, out, parts, ROWS: tl.constexpr, SIZE
     tl.store(out + ((batch * queries + row) * heads + head) * SIZE + column, mixed)
 
 
-def fused_attention(query, key, value, mask, scaling):
+def fused_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+) -> torch.Tensor:
     """softmax(scaling * query key + mask) value for up to `MAX_QUERIES` queries (B, heads, Q, head_dim), against keys
     and values (B, groups, T, head_dim). `mask` (B, 1, 1 or expanded, T) is added, and the same
     for all queries; or None. Few queries occupy few multiprocessors, so many keys are shared out and put together
@@ -337,7 +353,8 @@ def fused_attention(query, key, value, mask, scaling):
     partial = sums = maxima = out
     if parts > 1:
         shape, options = (batch_size, heads, parts, rows), {"dtype": torch.float32, "device": query.device}
-        partial, sums, maxima = torch.empty(*shape, size, **options), *torch.empty(2, *shape, **options)
+        partial = torch.empty(*shape, size, **options)
+        sums, maxima = torch.empty(2, *shape, **options)
     _partial_attention[parts, heads, batch_size](
         query, key, value, query if mask is None else mask, partial, sums, maxima, seen, queries, groups,
         scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
@@ -394,10 +411,10 @@ def _write(token, confidence, accepted, block_start, eos, ids, undecided, unmask
     tl.store(state + 3 * rows + row, tl.load(reach + row))
 
 
-def fused_write(canvas, statistics, accepted):
+def fused_write(canvas: Any, statistics: Any, accepted: torch.Tensor) -> None:
     """`Canvas.write` and what follows from it, where no end-of-text is predicted. A program reads what it overwrites:
     one warp, so that none is ahead of another."""
-    eos, batch_size, length = canvas.eos, *canvas.undecided.shape
+    eos, (batch_size, length) = canvas.eos, canvas.undecided.shape
     _write[batch_size,](
         statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.block_start,
         canvas.ids if eos is None else eos, canvas.ids, canvas.undecided, canvas.unmasking_step,

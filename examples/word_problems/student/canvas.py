@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from .block_cache import BlockCache
+from .token_statistics import TokenStatistics
 from .triton_kernels import MAX_WRITE_LENGTH, fused_write, suit_kernels
 
 # What a Canvas holds for each row, and what of it is left when the row has ended.
@@ -70,10 +71,11 @@ class Canvas:
         self.offsets = torch.arange(self.prompt_length + self.length, device=layout.device)
         self.state = new(4, batch_size)
         self.padding = 0
-        self.parent = None  # the canvas that some rows of this one were taken from, and the numbers of all there
+        # The canvas that some rows of this one were taken from, and the numbers of all there.
+        self.parent: tuple[Canvas, torch.Tensor] | None = None
         self.graphs = {}  # see captured_step.py
 
-    def load(self, input_ids, attention_mask=None):
+    def load(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> "Canvas":
         """Begin with these prompts, of P tokens or fewer, and nothing written."""
         self.padding = self.prompt_length - input_ids.shape[1]
         prompts = slice(self.padding, self.prompt_length)
@@ -85,7 +87,7 @@ class Canvas:
             if attention_mask is not None:
                 self.attention_mask[:, prompts] = attention_mask
         if self.position_ids is not None:
-            self.position_ids.copy_((self.attention_mask.cumsum(dim=1) - 1).clamp(min=0))
+            self.position_ids.copy_((self.attention_mask.cumsum(dim=1) - 1).clamp(min=0))  # type: ignore[union-attr]
         for tensor, value in (
             (self.undecided, True),
             (self.end, self.length),
@@ -106,20 +108,20 @@ class Canvas:
         return sum(tensor.nbytes for tensor in tensors)
 
     @property
-    def answer(self):
+    def answer(self) -> torch.Tensor:
         return self.ids[:, self.prompt_length :]
 
     @property
-    def block(self):
+    def block(self) -> torch.Tensor:
         """Positions of the current block in the answer, (K,)."""
         return self.block_start + self.offsets[: self.block_length]
 
-    def enter(self, block):
+    def enter(self, block: slice) -> None:
         """Go on with a block (a slice of the answer)."""
         self.block_start.fill_(block.start)
         self.block_length = block.stop - block.start
 
-    def write(self, statistics, accepted):
+    def write(self, statistics: TokenStatistics, accepted: torch.Tensor) -> None:
         """Make the accepted tokens of the block final, and end the rows that are done. `accepted` is (B, K) bool."""
         is_simple = self.eos_threshold is None and self.length <= MAX_WRITE_LENGTH
         if is_simple and suit_kernels(self.unmasking_confidence):
@@ -159,20 +161,20 @@ class Canvas:
         first = self.block_start + ends.int().argmax(dim=1) + 1
         self.finish(torch.where(ends.any(dim=1), first, self.length + 1))
 
-    def finish(self, end):
+    def finish(self, end: torch.Tensor) -> None:
         """End each row at length `end` (B,), or not at all where that is beyond the canvas. The earliest counts."""
         self.end.copy_(torch.minimum(self.end, end))
         self.finished |= end <= self.length
         self.undecided &= ~self.finished[:, None]
 
-    def observe(self):
+    def observe(self) -> None:
         """Put together what `look` reads."""
         first = torch.where(self.undecided.any(dim=1), self.undecided.int().argmax(dim=1), self.end)
         is_open = self.undecided[:, self.block].any(dim=1)
         rows = (is_open, self.finished, torch.minimum(first, self.end), self.reach)
         torch.stack([row.long() for row in rows], out=self.state)
 
-    def look(self):
+    def look(self) -> tuple[bool, list[int], list[int], int]:
         """The step's one wait for the device. Returns whether the block still holds an undecided position, and lists
         over the rows: has it ended, and the length of its decided text; last the part of the answer that passes still
         have to cover."""
@@ -180,19 +182,19 @@ class Canvas:
         unfinished_reach = (length for length, ended in zip(reach, finished, strict=True) if not ended)
         return any(is_open), finished, decided, max(unfinished_reach, default=0)
 
-    def take_rows(self, parent, rows):
+    def take_rows(self, parent: "Canvas", rows: torch.Tensor) -> "Canvas":
         """Go on with these rows (a tensor of their numbers) of another canvas, until `reunite`."""
         self.parent, self.padding = (parent, rows), parent.padding
         for name in ROW_STATE:
             if getattr(parent, name) is not None:
                 getattr(self, name).copy_(getattr(parent, name)[rows])
-        if self.cache is not None:
+        if self.cache is not None and parent.cache is not None:
             self.cache.take_rows(parent.cache, rows)
         return self
 
-    def reunite(self):
+    def reunite(self) -> "Canvas":
         """Give the rows' results back to the canvas that they came from, and return that."""
-        (parent, rows), self.parent = self.parent, None
+        (parent, rows), self.parent = self.parent, None  # type: ignore[misc]
         for name in ROW_RESULTS:
             getattr(parent, name)[rows] = getattr(self, name)
         return parent

@@ -4,13 +4,13 @@ refused by name."""
 
 import math
 import numbers
-from typing import Any
+from typing import Any, NoReturn
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from .unmasking import POLICIES, SCHEDULES
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "block_length": 32,
     "unmasking": "confidence_threshold",
     "schedule": "even",
@@ -69,7 +69,7 @@ OTHER_NAMES = {
 }
 
 
-def require(condition: bool, name: str, value: Any, allowed: str):
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """Raises `ValueError` unless the condition on the argument of this name holds."""
     if not condition:
         raise ValueError(f"`{name}={value!r}` is not allowed: it must be {allowed}.")
@@ -87,7 +87,7 @@ def _is_token(value, vocab_size):
     return _is_int(value, 0) and value < vocab_size
 
 
-def refuse_argument(name: str):
+def refuse_argument(name: str) -> NoReturn:
     """Raises `ValueError` for an argument that `generate()` does not have: with the one that it has in its place, if
     the name is another project's."""
     if name in OTHER_NAMES:
@@ -168,7 +168,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         super().__init__(**kwargs)
 
     @classmethod
-    def from_model_config(cls, model_config):
+    def from_model_config(cls, model_config: PreTrainedConfig) -> "DiffusionGenerationConfig":
         ids = ("bos_token_id", "eos_token_id", "pad_token_id")
         return cls(**{name: getattr(model_config, name, None) for name in ids})
 
@@ -178,7 +178,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         del params["max_length"]  # 20 tokens are no answer; see DEFAULT_MAX_NEW_TOKENS
         return params
 
-    def to_diff_dict(self):
+    def to_diff_dict(self) -> dict[str, Any]:
         return {key: value for key, value in super().to_diff_dict().items() if value is not None}
 
     def ignored(self) -> dict[str, str]:
@@ -197,7 +197,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         )
         return {name: why for name, is_ignored, why in table if is_ignored}
 
-    def validate(self, *args, **kwargs):
+    def validate(self, *args: Any, **kwargs: Any) -> None:
         super().validate(*args, **kwargs)
         positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
         for name, low in (
@@ -205,7 +205,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
-        choices = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
+        choices: dict[str, Any] = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
         flags = ("stop_at_eos", "do_sample", "return_dict_in_generate", "disable_compile")
         choices |= {"cache_refresh": CACHE_REFRESHES} | dict.fromkeys(flags, (True, False))
         for name, allowed in choices.items():
@@ -240,7 +240,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         if self.do_sample and self.temperature == 0:
             raise ValueError("`temperature=0` cannot be sampled: it must be above 0, or leave out `do_sample`.")
 
-    def check(self, vocab_size: int):
+    def check(self, vocab_size: int) -> None:
         """Refuse what diffusion decoding cannot do with a model of this vocabulary.
 
         Raises:

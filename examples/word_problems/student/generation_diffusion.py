@@ -16,12 +16,12 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria
-from transformers.generation import LogitsProcessorList, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, PreTrainedTokenizerBase
+from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import ModelOutput, cached_file, logging
@@ -81,7 +81,7 @@ class DiffusionGenerationOutput(ModelOutput):
     @property
     def num_tokens(self) -> torch.LongTensor:
         """Tokens of each answer up to and including the first end-of-text, (B,)."""
-        return (self.tokens_per_forward * self.num_forward_passes).round().long()
+        return (self.tokens_per_forward * self.num_forward_passes).round().long()  # type: ignore[operator]
 
 
 class DiffusionGenerationMixin(GenerationMixin):
@@ -98,8 +98,14 @@ class DiffusionGenerationMixin(GenerationMixin):
             cls.generation_config_class = DiffusionGenerationConfig
 
     def adjust_generation_fn(
-        self, generation_config, from_auto_class, from_pipeline, pretrained_model_name_or_path, *args, **kwargs
-    ):
+        self,
+        generation_config: GenerationConfig | None,
+        from_auto_class: Any,
+        from_pipeline: Any,
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         # transformers would load a plain GenerationConfig here and lose our fields.
         names = "cache_dir force_download proxies local_files_only token revision subfolder trust_remote_code".split()
         repository = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -125,12 +131,12 @@ class DiffusionGenerationMixin(GenerationMixin):
                 UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
             )
 
-    def set_unmasking_filter(self, unmasking_filter: UnmaskingFilter | None):
+    def set_unmasking_filter(self, unmasking_filter: UnmaskingFilter | None) -> None:
         """Decode by this filter where `unmasking="learned_filter"`, and save it along with the model."""
         # Not as a part of the model: neither its parameters nor its dtype are the model's.
         self.__dict__["unmasking_filter"] = unmasking_filter
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         if self.unmasking_filter is not None and kwargs.get("push_to_hub"):
             raise ValueError("`push_to_hub=True` would leave the filter behind: call `model.push_to_hub()` instead.")
         # `fully_shard` lays a class of PyTorch's over the model's, and transformers would save that one's code.
@@ -299,11 +305,11 @@ class DiffusionGenerationMixin(GenerationMixin):
         logits_processor: LogitsProcessorList | None = None,
         stopping_criteria: StoppingCriteriaList | None = None,
         synced_gpus: bool | None = None,
-        streamer=None,
-        tokenizer=None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
         generator: torch.Generator | None = None,
         unmasking_filter: UnmaskingFilter | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> torch.LongTensor | DiffusionGenerationOutput:
         """Decode answers to a batch of prompts, several tokens per forward pass.
 

@@ -6,11 +6,13 @@ projections behind one another in memory, where they stay the parameters that th
 so. There is no second copy of the weights.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
 
-def project(x, projections):
+def project(x: torch.Tensor, projections: Sequence[nn.Linear]) -> tuple[torch.Tensor, ...]:
     """What each of some linear modules makes of `x`, as a tuple."""
     weight = bias = None
     is_seen_through = torch.is_grad_enabled() or torch.compiler.is_compiling()  # by autograd, by the compiler
@@ -23,7 +25,7 @@ def project(x, projections):
     return nn.functional.linear(x, weight, bias).split(sizes, dim=-1)
 
 
-def pack_projections(model):
+def pack_projections(model: nn.Module) -> None:
     """Move weights behind one another where a module names projections of the same input (`packed_projections`, tuples
     of names). Only modules whose weights are their own: plain, and not tied to others."""
     with torch.inference_mode(False), torch.no_grad():  # else the weights could never be trained again

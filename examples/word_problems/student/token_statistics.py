@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """From logits to what the unmasking policies look at: a token for each position, and how certain the model is."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,7 +25,9 @@ class TokenStatistics(NamedTuple):
     finality: torch.Tensor | None = None
 
 
-def token_statistics(logits, mask_token_id, warpers=None, generator=None) -> TokenStatistics:
+def token_statistics(
+    logits: torch.Tensor, mask_token_id: int, warpers: Callable | None = None, generator: torch.Generator | None = None
+) -> TokenStatistics:
     """Choose a token for every position and measure the model's certainty.
 
     `[MASK]` is never chosen (the published loops run for ever where it is the likeliest token), while probabilities

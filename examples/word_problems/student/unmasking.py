@@ -11,14 +11,16 @@ from typing import NamedTuple
 
 import torch
 
+from .token_statistics import TokenStatistics
 
-def best(score, masked):
+
+def best(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """The masked position of the highest score in each row, the first one of equals: (B, K) bool."""
     first = score.masked_fill(~masked, -torch.inf).argmax(dim=-1, keepdim=True)
     return torch.zeros_like(masked).scatter_(-1, first, True) & masked
 
 
-def rank(score, masked):
+def rank(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
     """0 for the masked position of the highest score in its row, then 1, 2, ...; what is not masked comes last."""
     order = score.masked_fill(~masked, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     # A masked score may itself be -inf: put what is not masked behind it.
@@ -31,12 +33,16 @@ def rank(score, masked):
 # --- thresholded: the number of tokens per step is free --------------------------------------------------------------
 
 
-def confidence_threshold(statistics, masked, *, threshold, generator=None):
+def confidence_threshold(
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Probability of at least `threshold`, or the most confident. Fast-dLLM, https://arxiv.org/abs/2505.22618."""
     return masked & (statistics.confidence >= threshold) | best(statistics.confidence, masked)
 
 
-def confidence_factor(statistics, masked, *, threshold, generator=None):
+def confidence_factor(
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """The longest run of the most confident in which the r-th has at least 1 - threshold / (r + 1); the first always
     passes. As in Fast-dLLM's code (https://arxiv.org/abs/2505.22618) a failure of the very last candidate goes
     unnoticed, so that all are taken."""
@@ -50,12 +56,16 @@ def confidence_factor(statistics, masked, *, threshold, generator=None):
     return masked & (ranks < taken)
 
 
-def entropy_threshold(statistics, masked, *, threshold, generator=None):
+def entropy_threshold(
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Entropy of at most `threshold` nats, or the lowest. dParallel, https://arxiv.org/abs/2509.26488."""
     return masked & (statistics.entropy <= threshold) | best(-statistics.entropy, masked)
 
 
-def entropy_bound(statistics, masked, *, threshold, generator=None):
+def entropy_bound(
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """The positions of lowest entropy, as long as the entropies *before* each add up to at most `threshold` nats.
     EB sampler, https://arxiv.org/abs/2505.24857."""
     ranks = rank(-statistics.entropy, masked)
@@ -64,16 +74,21 @@ def entropy_bound(statistics, masked, *, threshold, generator=None):
     return masked & (before.gather(-1, ranks) <= threshold) | best(-statistics.entropy, masked)
 
 
-def learned_filter(statistics, masked, *, threshold, generator=None):
+def learned_filter(
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+) -> torch.Tensor:
     """Final with a probability above `threshold`, by a learned filter, or the most confident. Learn2PD,
     https://arxiv.org/abs/2509.25188."""
-    return masked & (statistics.finality > threshold) | best(statistics.confidence, masked)
+    is_final = statistics.finality > threshold  # type: ignore[operator]
+    return masked & is_final | best(statistics.confidence, masked)
 
 
 # --- scheduled: the number per step is given, the order goes by certainty --------------------------------------------
 
 
-def most(score, masked, count, temperature, generator):
+def most(
+    score: torch.Tensor, masked: torch.Tensor, count: int, temperature: float, generator: torch.Generator | None
+) -> torch.Tensor:
     """The `count` masked positions of highest score. At a temperature above 0 they are drawn one after the other in
     proportion to softmax(score / temperature), as in Dream's code (`alg_temp`): noise makes the order such a draw
     (Kool et al., https://arxiv.org/abs/1903.06059)."""
@@ -82,27 +97,57 @@ def most(score, masked, count, temperature, generator):
     return masked & (rank(score, masked) < count)
 
 
-def confidence(statistics, masked, *, count, temperature=0.0, generator=None):
+def confidence(
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """The `count` most confident. LLaDA's low-confidence remasking, https://arxiv.org/abs/2502.09992."""
     return most(statistics.confidence, masked, count, temperature, generator)
 
 
-def entropy(statistics, masked, *, count, temperature=0.0, generator=None):
+def entropy(
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """The `count` of lowest entropy. Dream, https://arxiv.org/abs/2508.15487."""
     return most(-statistics.entropy, masked, count, temperature, generator)
 
 
-def margin(statistics, masked, *, count, temperature=0.0, generator=None):
+def margin(
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """The `count` of largest margin between the two best tokens. Dream, https://arxiv.org/abs/2508.15487."""
     return most(statistics.margin, masked, count, temperature, generator)
 
 
-def random(statistics, masked, *, count, temperature=0.0, generator=None):
+def random(
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    count: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
     """Any `count`, uniformly."""
     return most(torch.rand(masked.shape, device=masked.device, generator=generator), masked, count, 0.0, None)
 
 
-def even_schedule(masks: int, steps: int, *, eps=None, generator=None) -> list[int]:
+def even_schedule(
+    masks: int, steps: int, *, eps: float | None = None, generator: torch.Generator | None = None
+) -> list[int]:
     """`masks` positions in `steps` steps, as evenly as possible, the larger parts first; no step without a position.
     LLaDA, https://arxiv.org/abs/2502.09992."""
     return [count for i in range(steps) if (count := masks // steps + (i < masks % steps))]
@@ -115,7 +160,9 @@ def _shares(steps, eps):
     return [*(1 - times[1:-1] / times[:-2]), 1.0]
 
 
-def linear_time_schedule(masks: int, steps: int, *, eps: float = 1e-3, generator=None) -> list[int]:
+def linear_time_schedule(
+    masks: int, steps: int, *, eps: float = 1e-3, generator: torch.Generator | None = None
+) -> list[int]:
     """Each step writes its share of what is left, rounded down; steps that would write nothing are left out. Dream,
     https://arxiv.org/abs/2508.15487."""
     counts = []
@@ -125,7 +172,9 @@ def linear_time_schedule(masks: int, steps: int, *, eps: float = 1e-3, generator
     return [count for count in counts if count]
 
 
-def ancestral_schedule(masks: int, steps: int, *, eps: float = 1e-3, generator=None) -> list[int]:
+def ancestral_schedule(
+    masks: int, steps: int, *, eps: float = 1e-3, generator: torch.Generator | None = None
+) -> list[int]:
     """Each step writes each position with its share as the probability: with `unmasking="random"` this is the reverse
     process of masked diffusion, Dream's `origin`. Rows of a batch share the numbers. Dream,
     https://arxiv.org/abs/2508.15487."""

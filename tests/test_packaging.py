@@ -1,5 +1,6 @@
 """The wheel and the sdist hold every package, and the wheel works outside the checkout."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import yaml
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from dparallel.hub_cards.model_cards import PAPERS
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("modeling", "trainer", "hub_cards", "examples")
 
 
 def run(*command, **kwargs):
@@ -67,6 +70,19 @@ import dparallel.modeling
 print(dparallel.modeling.__version__)
 """
     assert run("-c", code).strip() == "0+unknown"
+
+
+def test_text_is_read_and_written_as_utf_8():
+    """Elsewhere than on Linux the default is another. ruff sees it where it knows that something is a path."""
+    found = []
+    for path in (path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                keywords = {keyword.arg for keyword in node.keywords}
+                is_text = node.func.attr in ("read_text", "write_text") or {"text", "capture_output"} & keywords
+                if is_text and "encoding" not in keywords:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
 
 
 def test_wheel_and_sdist(tmp_path):

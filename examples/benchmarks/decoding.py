@@ -225,7 +225,7 @@ def main():
                 f"{'' if plain is None else f'{plain / taken:.1f}'} | {'' if memory is None else f'{memory:.1f}'} |",
                 flush=True,
             )
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

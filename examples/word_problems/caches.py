@@ -70,7 +70,7 @@ def main():
                 f"{difference} |",
                 flush=True,
             )
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

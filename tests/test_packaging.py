@@ -33,6 +33,17 @@ def test_extras_have_names_that_every_pip_finds():
         assert set(extras.split(",")) <= {"train", "eval", "lm-eval", "test"}
 
 
+def test_the_oldest_versions_are_tested():
+    """`.ci/run` installs what `pyproject.toml` has as lower bounds of the package and of its extra `train`."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r"^(?:dependencies|train) = \[(.+)\]$", text, re.M)
+    promised = dict(re.findall(r'"([\w-]+)>=([\d.]+)', " ".join(listed)))
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert promised.keys() - {"torch"} == tested.keys()
+    assert all(Version(tested[name]) == Version(promised[name]) for name in tested)
+
+
 def test_remote_code_names_its_licence_and_version():
     """`pyproject.toml` has the version; the files of `modeling/` carry it to where nothing else says it."""
     text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -83,7 +83,7 @@ def dataset_card(
     settings = first["settings"][0] if "settings" in first.column_names else "{}"
     return DatasetCard.from_template(
         data,
-        template_str=TEMPLATE.read_text(),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         model=model,

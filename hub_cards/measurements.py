@@ -177,7 +177,7 @@ def load_measurements(path: str | Path) -> list[Measurement]:
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text())["measurements"]
+        entries = json.loads(path.read_text(encoding="utf-8"))["measurements"]
     except FileNotFoundError as error:
         raise ValueError(f"`results={str(path)!r}` is not allowed: there is no such file.") from error
     except (OSError, KeyError, TypeError, ValueError) as error:

@@ -80,7 +80,7 @@ def merge_adapter(
     tokenizer.save_pretrained(output_dir)
     if training:
         model.training_record = training
-        (Path(output_dir) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n")
+        (Path(output_dir) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
     return model
 
 
@@ -140,7 +140,7 @@ def load_tokenizer(
 def training_of(source: str | Path, revision: str | None = None) -> dict:
     """What the `training.json` of an adapter or a model, a folder or Hub id, says; {} if there is none."""
     path = file_of(source, TRAINING_FILE, revision)
-    return json.loads(Path(path).read_text()) if path else {}
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
 
 
 def decoding_of(source: str | Path, revision: str | None = None) -> dict:

@@ -126,7 +126,7 @@ def model_card(
     inherited = f"What holds for {origin} holds for this model, too." if origin else None
     return ModelCard.from_template(
         data,
-        template_str=TEMPLATE.read_text(),
+        template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=repo_id.split("/")[-1],
         what=what,
         architecture=FAMILIES.get(family, family or "its base model's architecture"),
@@ -226,7 +226,7 @@ def _name(path):
 
 
 def _read(path):
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _license_of(base_model):

@@ -141,7 +141,7 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
             tokenizer = load_tokenizer(source, base_model or (source is None and model.config._name_or_path))
         tokenizer.save_pretrained(folder)
         if source is None and hasattr(model, "training_record"):
-            (folder / TRAINING_FILE).write_text(json.dumps(model.training_record, indent=1) + "\n")
+            (folder / TRAINING_FILE).write_text(json.dumps(model.training_record, indent=1) + "\n", encoding="utf-8")
     paths = list(results)
     if source is not None:
         paths = paths or [path for path in [source / RESULTS_FILE] if path.exists()]
@@ -149,9 +149,9 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
         for path in (path for pattern in LICENCE_FILES for path in source.glob(pattern) if path.is_file()):
             shutil.copy(path, folder)
     if paths:
-        load = [json.loads(Path(path).read_text()) for path in paths if load_measurements(path)]
+        load = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths if load_measurements(path)]
         merged = {"measurements": [entry for each in load for entry in each["measurements"]]}
-        (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n")
+        (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     if training is not None:
         shutil.copy(training, folder / TRAINING_FILE)
 
@@ -169,10 +169,12 @@ def _stage_adapter(model, source, folder, base_model):
             raise ValueError(f"`model={str(source)!r}` must hold the adapter's weights as adapter_model.safetensors.")
         for name in ADAPTER_FILES:
             shutil.copy(source / name, folder)
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     if is_hub_id(base_model):
         config["base_model_name_or_path"] = base_model
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        (folder / "adapter_config.json").write_text(
+            json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
     elif not is_hub_id(config["base_model_name_or_path"]):
         logger.warning(
             f"Nobody else can load this adapter: its base model, {config['base_model_name_or_path']!r}, is no Hub id. "
@@ -194,8 +196,10 @@ def _run_snippet(folder, repo_id, prompt):
     code += "\nimport json, torch\nend = model.generation_config.eos_token_id\nprint(json.dumps([str(model.device), "
     code += "torch.__version__, answer.tolist(), [end] if isinstance(end, int) else end, tokenizer.all_special_ids]))"
     with tempfile.TemporaryDirectory() as scratch:
-        env = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1"}
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=scratch)
+        env = {**os.environ, "HF_MODULES_CACHE": scratch, "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}
+        result = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, encoding="utf-8", env=env, cwd=scratch
+        )
     if result.returncode:
         raise RuntimeError(
             f"The usage snippet does not run on what would be pushed; nothing was:\n{result.stderr[-2000:]}"

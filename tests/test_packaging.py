@@ -1,5 +1,6 @@
 """The wheel and the sdist hold every package, and the wheel works outside the checkout."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 
 import yaml
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from dparallel.hub_cards.model_cards import PAPERS
 
 ROOT = Path(__file__).parents[1]
+PACKAGES = ("modeling", "trainer", "hub_cards", "examples")
 
 
 def run(*command, **kwargs):
@@ -28,6 +31,17 @@ def test_extras_have_names_that_every_pip_finds():
     assert {"train", "eval", "lm-eval", "test"} == set(extras) == set(map(canonicalize_name, extras))
     for extras in re.findall(r"\.\[([\w,.-]+)\]", (ROOT / "README.md").read_text()):
         assert set(extras.split(",")) <= {"train", "eval", "lm-eval", "test"}
+
+
+def test_the_oldest_versions_are_tested():
+    """`.ci/run` installs what `pyproject.toml` has as lower bounds of the package and of its extra `train`."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r"^(?:dependencies|train) = \[(.+)\]$", text, re.M)
+    promised = dict(re.findall(r'"([\w-]+)>=([\d.]+)', " ".join(listed)))
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if not line.startswith("#"))
+    assert promised.keys() - {"torch"} == tested.keys()
+    assert all(Version(tested[name]) == Version(promised[name]) for name in tested)
 
 
 def test_remote_code_names_its_licence_and_version():
@@ -67,6 +81,19 @@ import dparallel.modeling
 print(dparallel.modeling.__version__)
 """
     assert run("-c", code).strip() == "0+unknown"
+
+
+def test_text_is_read_and_written_as_utf_8():
+    """Elsewhere than on Linux the default is another. ruff sees it where it knows that something is a path."""
+    found = []
+    for path in (path for folder in PACKAGES for path in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                keywords = {keyword.arg for keyword in node.keywords}
+                is_text = node.func.attr in ("read_text", "write_text") or {"text", "capture_output"} & keywords
+                if is_text and "encoding" not in keywords:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not found
 
 
 def test_wheel_and_sdist(tmp_path):

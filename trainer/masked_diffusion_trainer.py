@@ -557,12 +557,12 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _save(self, output_dir=None, state_dict=None):
         card = Path(output_dir or self.args.output_dir) / "README.md"
-        own = card.read_text() if card.exists() else None
+        own = card.read_text(encoding="utf-8") if card.exists() else None
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             save_training_record(self, self._hub_datasets, card.parent)
             # peft writes an empty form, with the base model's path on this machine: `create_model_card` does better.
-            card.unlink(missing_ok=True) if own is None else card.write_text(own)
+            card.unlink(missing_ok=True) if own is None else card.write_text(own, encoding="utf-8")
 
     def create_model_card(
         self,

@@ -64,7 +64,7 @@ def map_in_shards(
             table = Dataset.from_list(rows).data.table
             with pa.OSFile(str(temporary), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
                 stream.write_table(table)
-            os.replace(temporary, paths[number])
+            temporary.replace(paths[number])
             if describe is not None:
                 progress.set_postfix(describe(rows), refresh=False)
             progress.update(len(part) * state.num_processes)
@@ -77,8 +77,8 @@ def _prepare_folder(folder, settings):
     folder.mkdir(parents=True, exist_ok=True)
     if not any(folder.glob("shard-*.arrow")):
         temporary = folder / "settings.tmp"
-        temporary.write_text(json.dumps(settings, indent=2))
-        os.replace(temporary, folder / "settings.json")
+        temporary.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+        temporary.replace(folder / "settings.json")
     for leftover in folder.glob("shard-*.tmp"):
         leftover.unlink()
 
@@ -87,7 +87,7 @@ def _compare_settings(folder, settings):
     path = folder / "settings.json"
     if not path.exists():
         raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
-    if changed := differences(json.loads(path.read_text()), settings):
+    if changed := differences(json.loads(path.read_text(encoding="utf-8")), settings):
         raise ValueError(
             f"{folder} holds the shards of a job with other settings: {changed}. Choose another folder, or delete "
             f"this one."

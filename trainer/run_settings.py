@@ -76,7 +76,9 @@ def _as_json(value):
 
 def save_settings(settings: dict[str, Any], checkpoint: str | Path) -> None:
     Path(checkpoint).mkdir(parents=True, exist_ok=True)
-    (Path(checkpoint) / SETTINGS_FILE).write_text(json.dumps(settings, indent=1, default=_as_json) + "\n")
+    (Path(checkpoint) / SETTINGS_FILE).write_text(
+        json.dumps(settings, indent=1, default=_as_json) + "\n", encoding="utf-8"
+    )
 
 
 def changed_settings(checkpoint: str | Path, settings: dict[str, Any]) -> str:
@@ -87,7 +89,7 @@ def changed_settings(checkpoint: str | Path, settings: dict[str, Any]) -> str:
         logger.warning(f"{checkpoint} has no {SETTINGS_FILE}: whether it was trained with other settings is unknown.")
         return ""
     now = json.loads(json.dumps(settings, default=_as_json))
-    saved, now = flattened(json.loads(path.read_text())), flattened(now)
+    saved, now = flattened(json.loads(path.read_text(encoding="utf-8"))), flattened(now)
     both = saved.keys() & now.keys()
     return differences({name: saved[name] for name in both}, {name: now[name] for name in both})
 

@@ -88,4 +88,6 @@ def _describe(adapter):
 
 
 def save_training_record(trainer: Trainer, datasets: list[str], folder: str | Path) -> None:
-    (Path(folder) / TRAINING_FILE).write_text(json.dumps(training_record(trainer, datasets), indent=1) + "\n")
+    (Path(folder) / TRAINING_FILE).write_text(
+        json.dumps(training_record(trainer, datasets), indent=1) + "\n", encoding="utf-8"
+    )

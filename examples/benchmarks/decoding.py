@@ -247,7 +247,7 @@ def main():
                 f"{'' if plain is None else f'{plain / taken:.1f}'} | {'' if memory is None else f'{memory:.1f}'} |",
                 flush=True,
             )
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"In {arguments.output}: every row. Next, for the speed of training: python examples/benchmarks/training.py")
 
 

@@ -131,7 +131,7 @@ def decoding(job, folder):
     return {
         "trajectories_per_second": job["prompts"] / answering,
         "evaluated_per_second": job["prompts"] / judging,
-        "answers": [rows["input_ids"][:], (Path(folder) / "evaluation" / "samples.jsonl").read_text()],
+        "answers": [rows["input_ids"][:], (Path(folder) / "evaluation" / "samples.jsonl").read_text(encoding="utf-8")],
     }
 
 
@@ -153,7 +153,7 @@ def launched(arguments):
     PartialState(cpu=job["device"] == "cpu")  # and each process has its own GPU now
     result = {"training": training, "decoding": decoding, "checkpoints": checkpoints}[job["part"]](job, job["folder"])
     if PartialState().is_main_process:
-        arguments.row.write_text(json.dumps(result))
+        arguments.row.write_text(json.dumps(result), encoding="utf-8")
     PartialState().wait_for_everyone()
     sys.stdout.flush()
     os._exit(0)  # threads of the process group now and then abort an orderly shutdown, when all is written
@@ -189,18 +189,18 @@ def launch(layout, arguments, folder, **job):
         row,
     ]
     process = subprocess.run(
-        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        list(map(str, command)), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
     )
     if process.returncode or not row.exists():
         arguments.failed.append(Path(folder).name)
         print(f"{Path(folder).name} failed:\n{process.stdout[-3000:]}", file=sys.stderr, flush=True)
         return None
-    return {**json.loads(row.read_text()), "layout": layout, "processes": processes}
+    return {**json.loads(row.read_text(encoding="utf-8")), "layout": layout, "processes": processes}
 
 
 def record(results, part, row, path):
     results[part].append(row)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def difference(values, others):
@@ -373,7 +373,9 @@ def main():
         for part in arguments.parts:
             measures[part](arguments, Path(folder), results)
     if arguments.failed:
-        arguments.output.write_text(json.dumps(results | {"failed": arguments.failed}, indent=1) + "\n")
+        arguments.output.write_text(
+            json.dumps(results | {"failed": arguments.failed}, indent=1) + "\n", encoding="utf-8"
+        )
         sys.exit(f"failed: {', '.join(arguments.failed)}")
     where = "examples/accelerate_configs"
     print(

@@ -245,7 +245,7 @@ def main():
             flags = {"kind": kind, "micro_batch": micro_batch}
             flags |= {name: getattr(arguments, name) for name in ("shape", "length", "rank", "steps", "warm_up")}
             command = [sys.executable, __file__, *(f"--{name}={value}" for name, value in flags.items())]
-            process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            process = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8", check=True)
             result = json.loads(process.stdout.splitlines()[-1])
             row, results["ceilings"] = result["row"], result["ceilings"]
             results["rows"].append(row)
@@ -257,7 +257,7 @@ def main():
                 f"{'' if memory is None else f'{memory:.1f}'} |",
                 flush=True,
             )
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"In {arguments.output}: every row. Next, for several GPUs: python examples/benchmarks/scale_out.py")
 
 

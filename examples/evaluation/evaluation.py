@@ -119,10 +119,12 @@ def evaluate_task(
             }
             for row, count in zip(rows, tokens, strict=True)
         ]
-        (output_dir / SAMPLES_FILE).write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+        (output_dir / SAMPLES_FILE).write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
         write_measurements([measurement], output_dir / RESULTS_FILE)
         if taken is not None:
-            (output_dir / SECONDS_FILE).write_text(json.dumps(taken))
+            (output_dir / SECONDS_FILE).write_text(json.dumps(taken), encoding="utf-8")
     PartialState().wait_for_everyone()
     return measurement
 
@@ -198,20 +200,23 @@ def _where_it_began(output_dir, is_new):
     path, state = output_dir / WHERE_FILE, PartialState()
     if state.is_main_process and (is_new or not path.exists()):
         output_dir.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(here_and_now()))
+        path.write_text(json.dumps(here_and_now()), encoding="utf-8")
     state.wait_for_everyone()
-    return json.loads(path.read_text())
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def seconds_of(output_dir: str | Path) -> float | None:
     """What an evaluation took, if it was done in one go."""
     path = Path(output_dir) / SECONDS_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def verdicts_of(output_dir: str | Path) -> list[bool]:
     """Which of its questions an evaluation has right."""
-    return [json.loads(line)["correct"] for line in (Path(output_dir) / SAMPLES_FILE).read_text().splitlines()]
+    return [
+        json.loads(line)["correct"]
+        for line in (Path(output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 def to_entries(measurements: Iterable[Measurement]) -> list[dict]:
@@ -222,4 +227,4 @@ def to_entries(measurements: Iterable[Measurement]) -> list[dict]:
 
 def write_measurements(measurements: Iterable[Measurement], path: str | Path) -> None:
     """A results file."""
-    Path(path).write_text(json.dumps({"measurements": to_entries(measurements)}, indent=1) + "\n")
+    Path(path).write_text(json.dumps({"measurements": to_entries(measurements)}, indent=1) + "\n", encoding="utf-8")

@@ -184,7 +184,7 @@ def main() -> None:
         areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(lines).items())
         report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"
         write_measurements(points, folder / RESULTS_FILE)
-        (folder / "sweep.md").write_text(report)
+        (folder / "sweep.md").write_text(report, encoding="utf-8")
         plot(with_aup(lines), folder / "sweep.png", title)
         print(report)
         print(

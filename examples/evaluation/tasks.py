@@ -83,7 +83,11 @@ class Task:
         path = self._local_file(split, data)
         if path is None:
             return self._from_hub(split)
-        rows = [self._parse(line, path, i) for i, line in enumerate(path.read_text().split("\n"), 1) if line.strip()]
+        rows = [
+            self._parse(line, path, i)
+            for i, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1)
+            if line.strip()
+        ]
         if path.name == self.files.get(split) and split in self.keep:
             rows = [row for row in rows if self.keep[split](row)]
         return self._with_columns(Dataset.from_list(rows), path)

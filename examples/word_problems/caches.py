@@ -74,7 +74,7 @@ def main():
                 f"{difference} |",
                 flush=True,
             )
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+            arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(f"In {arguments.output}: every row. Next, for a large model's speed: python examples/benchmarks/decoding.py")
 
 

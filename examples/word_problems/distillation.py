@@ -243,7 +243,7 @@ def report(results, folder):
             f"| {point.model or 'student'} | {point.settings} | {point.nfe:.1f} | {point.tpf:.2f} | "
             f"{padded} | {100 * point.accuracy:.1f} | {difference} |"
         )
-    (folder / "report.md").write_text("\n".join(lines) + "\n")
+    (folder / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     draw(results, folder)
 
@@ -383,7 +383,7 @@ def main():
         "chosen": to_entries(chosen),
         "differences": differences,  # of their accuracy: student - teacher
     }
-    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n")
+    (folder / RESULTS).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     write_measurements(chosen, folder / "student" / RESULTS_FILE)
     report(results, folder)
     print(

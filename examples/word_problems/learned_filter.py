@@ -63,7 +63,7 @@ class Study:
         asked = {name: str(getattr(arguments, name)) for name in ("models", "prompts", "epochs")}
         self.results = here_and_now() | {"asked": asked, "rows": {}}
         if self.path.exists():
-            self.results = json.loads(self.path.read_text())
+            self.results = json.loads(self.path.read_text(encoding="utf-8"))
             if self.results.get("asked") != asked:
                 raise SystemExit(
                     f"{self.path} is of {self.results.get('asked')}, not of {asked}: choose another folder."
@@ -125,7 +125,7 @@ class Study:
         self.save()
 
     def save(self):
-        self.path.write_text(json.dumps(self.results, indent=1) + "\n")
+        self.path.write_text(json.dumps(self.results, indent=1) + "\n", encoding="utf-8")
 
     def measure(self, name, problems, kind=None, **settings):
         key = json.dumps([name, problems, len(self.problems[problems]), kind, settings])
@@ -223,7 +223,7 @@ def main():
     for label, rates in study.results["rates"].items():
         cells = [f"{100 * rate['false_accept']:.1f} / {100 * rate['false_reject']:.1f}" for rate in rates]
         lines.append(f"| {label} | {' | '.join(cells)} |")
-    (arguments.output_dir / "report.md").write_text("\n".join(lines) + "\n")
+    (arguments.output_dir / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
     print(
         f"In {arguments.output_dir}: report.md, results.json and the filters. Next, to save one of them with a model: "

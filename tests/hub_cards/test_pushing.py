@@ -508,12 +508,12 @@ def test_what_was_distilled_in_memory_has_a_full_card(family, small_model, word_
     merge_adapter(trainer.model, "merged", word_tokenizer, unmasking="entropy_threshold", threshold=0.4)
     push("merged", dry_run="dry")
     for folder, made in (("dry", "finetune"), ("adapter", "adapter")):
-        text = Path(folder, "README.md").read_text()
+        text = Path(folder, "README.md").read_text(encoding="utf-8")
         assert "made from `my-base` by certainty-forcing distillation" in text and str(tmp_path) not in text, made
         assert "- user/prompts\n" in text and "/datasets/user/prompts), 6 examples." in text
         assert "`lr_scheduler_type`: cosine" in text and "SchedulerType" not in text
-    assert "`threshold`: `0.4`" in Path("dry", "README.md").read_text()
-    assert 'unmasking="entropy_threshold", threshold=0.5' in Path("adapter", "README.md").read_text()
+    assert "`threshold`: `0.4`" in Path("dry", "README.md").read_text(encoding="utf-8")
+    assert 'unmasking="entropy_threshold", threshold=0.5' in Path("adapter", "README.md").read_text(encoding="utf-8")
     monkeypatch.undo()
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -147,7 +148,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         finally:
             self.__class__ = kind
         if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
-            self.unmasking_filter.save_pretrained(os.path.join(save_directory, SUBFOLDER))
+            self.unmasking_filter.save_pretrained(Path(save_directory) / SUBFOLDER)
 
     def _prepare_generation_config(self, generation_config=None, **kwargs):
         """Arguments over `generation_config` over the checkpoint's configuration over the defaults. Returns the

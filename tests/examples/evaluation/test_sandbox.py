@@ -240,7 +240,7 @@ def test_numbers_of_system_calls(header, column):
     """Against the kernel's headers. Those of aarch64 are the generic ones."""
     if not Path(header).exists():
         pytest.skip(f"needs {header}")
-    defined = re.findall(r"#define (?:__NR|__NR3264)_(\w+)\s+(\d+)", Path(header).read_text())
+    defined = re.findall(r"#define (?:__NR|__NR3264)_(\w+)\s+(\d+)", Path(header).read_text(encoding="utf-8"))
     numbers = {name: int(number) for name, number in defined}
     numbers["newfstatat"] = numbers.get("newfstatat", numbers.get("fstatat"))
     listed = [*sandbox_runner.SYSTEM_CALLS.split(), *sandbox_runner.WITHOUT_BITS, *sandbox_runner.WITH_VALUE]

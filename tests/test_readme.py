@@ -153,8 +153,16 @@ def hub(tmp_path_factory):
 
 def unknown(hub) -> str:
     """What to say of repositories that were asked for, and which this file does not know."""
-    asked = re.findall(r"/api/(models|datasets)/([^/]+/[^/\s]+)", "\n".join(hub.requests))
-    asked = sorted({f"{name} ({kind})" for kind, name in asked if (kind, name) not in hub.repos})
+    asked = re.findall(
+        r"^\w+ (?:/api)?/(?:(models|datasets)/)?([^/\s]+/[^/\s]+)", "\n".join(hub.requests), re.MULTILINE
+    )
+    asked = sorted(
+        {
+            f"{name} ({kind or 'models'})"
+            for kind, name in asked
+            if (kind or "models", name) not in hub.repos and not name.startswith("api/")
+        }
+    )
     return f"\nThe page asks for what has no stand-in in {Path(__file__).name}: {', '.join(asked)}." if asked else ""
 
 
@@ -190,13 +198,16 @@ def test_the_python_blocks_need_no_other_extras(hub, folder):
     declared = metadata("dparallel").get_all("Provides-Extra")
     text, blocks = PAGE.read_text(encoding="utf-8"), blocks_of(PAGE, "python")
     needed = [extra_of(block.code) for block in blocks]
+    source = shutil.copytree(
+        ROOT, folder / "source", ignore=shutil.ignore_patterns(".*", "*.egg-info", "build", "runs")
+    )
     venv.create(folder / "venv", with_pip=True)
     python = folder / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*install, "torch==2.13.0"], check=True)
     for extra in [each for each in EXTRAS if each in needed]:
         assert not extra or (extra in declared and f"[{extra}]" in text), f"README.md does not tell of {extra!r}"
-        subprocess.run([*install, f"{ROOT}[{extra}]" if extra else str(ROOT)], check=True)
+        subprocess.run([*install, f"{source}[{extra}]" if extra else str(source)], check=True)
         kept = [
             block
             for block, need in zip(blocks, needed, strict=True)
@@ -213,7 +224,7 @@ def test_the_python_blocks_need_no_other_extras(hub, folder):
 def commands_of(block, folder) -> list[list[str]]:
     """What a block of the shell would run, written down by functions in the commands' place."""
     noted = "".join(f'{name}() {{ printf "%s\\037" {name} "$@" >&9; printf "\\036" >&9; }}\n' for name in NOTED)
-    script = f"exec 9>noted\n{noted}set -eu\n{block.code}"
+    script = f"exec 9>noted\n{noted}set -eu\n{block.code.replace('.venv/bin/', '')}"
     result = subprocess.run(
         [shutil.which("bash"), "-c", script], cwd=folder, capture_output=True, text=True, env={"PATH": "/nowhere"}
     )
@@ -225,7 +236,7 @@ def commands_of(block, folder) -> list[list[str]]:
 def shell_commands(page, folder):
     return [
         (block.line, command)
-        for block in blocks_of(page, "bash", "sh", "shell", "console")
+        for block in blocks_of(page, "bash", "sh", "shell")
         for command in commands_of(block, folder)
     ]
 

@@ -44,6 +44,7 @@ def run(script, flags, tmp_path):
     """Its rows, and what it printed."""
     result = scripts.call(script, *flags.split(), "--output", tmp_path / "out.json")
     assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"In {tmp_path / 'out.json'}: every row. Next, ")
     return json.loads((tmp_path / "out.json").read_text())["rows"], result.stdout
 
 

@@ -73,6 +73,7 @@ def test_training_script_makes_a_checkpoint_that_loads(tmp_path):
     result = call("word_problems/train.py", *flags, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "validation accuracy at one token a step: 0.000" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("In out: the model. Next, to measure it")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 12e6
     names = {"modeling_llada.py", "generation_config.json", "tokenizer.json", "chat_template.jinja"}
     assert names <= {path.name for path in (tmp_path / "out").iterdir()}
@@ -173,6 +174,7 @@ def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word
     result = call("distill.py", *flags, *(["--use_peft"] if use_peft else []), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "answers are right" in result.stdout and "eval_decoding_accuracy" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("In out/merged: the distilled model. Next, to evaluate it: ")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", trust_remote_code=True)
     assert (model.generation_config.unmasking, model.generation_config.threshold) == ("entropy_threshold", 0.3)
     assert (tmp_path / "out" / "merged" / "tokenizer.json").exists()

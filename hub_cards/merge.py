@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
 from .hub_ids import check_folder_or_hub_id, file_of, is_hub_id
-from .model_cards import TRAINING_FILE
+from .model_cards import TRAINING_FILE, save_training
 
 # Where peft keeps the weight of a whole embedding or head, behind the module's name.
 WHOLE_WEIGHTS = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
@@ -80,7 +80,7 @@ def merge_adapter(
     tokenizer.save_pretrained(output_dir)
     if training:
         model.training_record = training
-        (Path(output_dir) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+        save_training(training, output_dir)
     return model
 
 

@@ -153,6 +153,11 @@ def model_card(
     )
 
 
+def save_training(training: dict, folder: str | Path) -> None:
+    """Write the `training.json` of a model's folder."""
+    (Path(folder) / TRAINING_FILE).write_text(json.dumps(training, indent=1) + "\n", encoding="utf-8")
+
+
 def usage_snippet(folder: str | Path, repo_id: str, prompt: str | None = None) -> str:
     """Python code that loads the model of a folder, which went to `repo_id`, and lets it answer. The decoding of an
     adapter is written out: it has no `generation_config.json`."""

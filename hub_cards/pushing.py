@@ -22,7 +22,7 @@ from .dataset_cards import dataset_card
 from .hub_ids import check_folder_or_hub_id, is_hub_id, looks_like_hub_id
 from .measurements import RESULTS_FILE, load_measurements
 from .merge import load_tokenizer, merge_adapter
-from .model_cards import TRAINING_FILE, model_card, usage_snippet
+from .model_cards import TRAINING_FILE, model_card, save_training, usage_snippet
 from .upload import INSTALLED, files_to_push, in_words, upload
 
 logger = logging.get_logger(__name__)
@@ -141,7 +141,7 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
             tokenizer = load_tokenizer(source, base_model or (source is None and model.config._name_or_path))
         tokenizer.save_pretrained(folder)
         if source is None and hasattr(model, "training_record"):
-            (folder / TRAINING_FILE).write_text(json.dumps(model.training_record, indent=1) + "\n", encoding="utf-8")
+            save_training(model.training_record, folder)
     paths = list(results)
     if source is not None:
         paths = paths or [path for path in [source / RESULTS_FILE] if path.exists()]

@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput, has_length
 
+from dparallel.hub_cards.card_metadata import as_list
 from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
@@ -55,10 +56,6 @@ logger = get_logger(__name__)
 
 OF_A_RUN = ("trainer_state.json", SETTINGS_FILE)  # in a checkpoint, beside the model
 BATCH_COLUMNS = ["input_ids", "prompt_length", "example_id", "unmasking_step"]
-
-
-def _as_list(value):
-    return [value] if isinstance(value, str) else list(value or [])
 
 
 @dataclass
@@ -593,11 +590,11 @@ class MaskedDiffusionTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         name = self.hub_model_id or self.args.hub_model_id or model_name or folder.resolve().name
-        datasets = list(dict.fromkeys([*_as_list(dataset), *_as_list(dataset_tags)])) or None
+        datasets = list(dict.fromkeys([*as_list(dataset), *as_list(dataset_tags)])) or None
         card = model_card(
             folder, name, base_model=finetuned_from, datasets=datasets, license=license, language=language
         )
-        card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *_as_list(tags)]))
+        card.data.tags = list(dict.fromkeys([*card.data.tags, *self._tag_names, *as_list(tags)]))
         card.save(folder / "README.md")
 
     def _push_from_checkpoint(self, checkpoint_folder):

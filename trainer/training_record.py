@@ -1,6 +1,5 @@
 """What a card says of a training, as the trainers know it."""
 
-import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from dparallel.hub_cards.hub_ids import is_hub_id, looks_like_hub_id
 from dparallel.hub_cards.measurements import here_and_now
-from dparallel.hub_cards.model_cards import TRAINING_FILE
+from dparallel.hub_cards.model_cards import save_training
 
 ARGUMENTS = (
     "learning_rate", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "adam_beta1", "adam_beta2",
@@ -88,6 +87,4 @@ def _describe(adapter):
 
 
 def save_training_record(trainer: Trainer, datasets: list[str], folder: str | Path) -> None:
-    (Path(folder) / TRAINING_FILE).write_text(
-        json.dumps(training_record(trainer, datasets), indent=1) + "\n", encoding="utf-8"
-    )
+    save_training(training_record(trainer, datasets), folder)

@@ -136,6 +136,16 @@ def time_steps(model, decode):
     return sorted(taken.values(), reverse=True), sum(taken[key] * number for key, number in counts.items())
 
 
+def add_shape_argument(parser):
+    """What `load` loads."""
+    parser.add_argument(
+        "--shape",
+        default="llada_8b",
+        choices=["llada_8b", "example"],
+        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
+    )
+
+
 def load(shape, device):
     if shape == "example":
         return LLaDAModelLM.from_pretrained(EXAMPLE, dtype=DTYPES[device]).to(device).eval()
@@ -149,12 +159,7 @@ def load(shape, device):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument(
-        "--shape",
-        default="llada_8b",
-        choices=["llada_8b", "example"],
-        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
-    )
+    add_shape_argument(parser)
     parser.add_argument(
         "--batch_sizes",
         type=int,

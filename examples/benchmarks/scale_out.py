@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from decoding import EXAMPLE, load
+from decoding import EXAMPLE, add_shape_argument, load
 from safetensors.torch import load_file
 from training import PROMPT_LENGTH, adapter, build_trainer, random_rows
 from transformers import AutoTokenizer
@@ -309,12 +309,7 @@ def merged_weights(folder, trains):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument(
-        "--shape",
-        default="llada_8b",
-        choices=["llada_8b", "example"],
-        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
-    )
+    add_shape_argument(parser)
     parser.add_argument(
         "--processes",
         type=int,

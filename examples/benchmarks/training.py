@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
-from decoding import load, measure_ceilings
+from decoding import add_shape_argument, load, measure_ceilings
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, TrainerCallback
@@ -201,12 +201,7 @@ def any_tokenizer(config):
 
 def main():
     parser = CommandParser(__doc__)
-    parser.add_argument(
-        "--shape",
-        default="llada_8b",
-        choices=["llada_8b", "example"],
-        help="llada_8b: the shape of LLaDA-8B with random weights; example: the example model of word problems",
-    )
+    add_shape_argument(parser)
     parser.add_argument(
         "--micro_batches",
         type=int,

@@ -19,7 +19,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, Difference, Measurement, fastest, paired_difference
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
+from .command_line import (
+    add_data_arguments,
+    add_model_arguments,
+    add_task_argument,
+    data_arguments,
+    find_task,
+    load_model,
+    origin_from,
+)
 from .evaluation import verdicts_of, write_measurements
 from .sweep import DEFAULT_GRID, decodings_of, folder_name, number_of, sweep, to_table
 from .tasks import Task
@@ -101,9 +109,7 @@ def warning_of_noise(difference: Difference, margin: float, count: int) -> str |
 
 def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.calibrate")
-    parser.add_argument(
-        "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"
-    )
+    add_task_argument(parser)
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument(

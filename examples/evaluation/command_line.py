@@ -47,6 +47,13 @@ def find_task(name: str) -> Task:
     return task
 
 
+def add_task_argument(parser: argparse.ArgumentParser) -> None:
+    """What `find_task` finds."""
+    parser.add_argument(
+        "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="Hub id or folder of a model, or of a LoRA adapter")
     parser.add_argument(

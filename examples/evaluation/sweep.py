@@ -22,7 +22,15 @@ from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.modeling import POLICIES
 
-from .command_line import add_data_arguments, add_model_arguments, data_arguments, find_task, load_model, origin_from
+from .command_line import (
+    add_data_arguments,
+    add_model_arguments,
+    add_task_argument,
+    data_arguments,
+    find_task,
+    load_model,
+    origin_from,
+)
 from .evaluation import check_decoding, evaluate_task, has_no_answers, seconds_of, write_measurements
 from .plot import aup, curves_of, plot, title_of, with_aup
 from .tasks import Task
@@ -143,9 +151,7 @@ def to_table(points: list[Measurement]) -> str:
 
 def main() -> None:
     parser = CommandParser(__doc__, prog="python -m dparallel.evaluation.sweep")
-    parser.add_argument(
-        "--task", required=True, help="benchmark: gsm8k, math, mbpp, humaneval, or path.py:NAME for one of your own"
-    )
+    add_task_argument(parser)
     add_model_arguments(parser)
     add_data_arguments(parser)
     parser.add_argument(

@@ -56,6 +56,7 @@ def test_the_decoding_benchmark_runs(tmp_path):
     assert printed.count("| 2 | 8 | 2 |") == 5
 
 
+@pytest.mark.slow
 def test_the_training_benchmark_runs(tmp_path):
     flags = "--shape example --micro_batches 2 --length 160 --rank 4 --steps 1 --warm_up 1 --kinds plain trainer"
     rows, _ = run("benchmarks/training.py", flags, tmp_path)
@@ -96,6 +97,7 @@ def test_the_benchmark_of_several_devices_refuses(flags, message):
     assert result.returncode == 2 and message in result.stderr
 
 
+@pytest.mark.slow
 def test_the_table_of_caches_is_made(tmp_path):
     rows, _ = run("word_problems/caches.py", "--problems 2 --batch_size 2", tmp_path)
     by_name = {(row["model"], row["cache"]): row for row in rows}

@@ -111,9 +111,13 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     Args:
         block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter.
-        unmasking (`str`, defaults to `"confidence_threshold"`): the policy. Thresholded: `"confidence_threshold"`,
-            `"confidence_factor"`, `"entropy_threshold"`, `"entropy_bound"`, `"learned_filter"`; scheduled:
-            `"confidence"`, `"entropy"`, `"margin"`, `"random"`. See `unmasking.py`.
+        unmasking (`str`, defaults to `"confidence_threshold"`): the policy. A thresholded policy writes every token
+            that is certain enough: `"confidence_threshold"`, `"confidence_factor"` (both Fast-dLLM,
+            https://arxiv.org/abs/2505.22618), `"entropy_threshold"` (dParallel, https://arxiv.org/abs/2509.26488),
+            `"entropy_bound"` (EB sampler, https://arxiv.org/abs/2505.24857), `"learned_filter"` (Learn2PD,
+            https://arxiv.org/abs/2509.25188). A scheduled policy writes a number of tokens in each pass that is fixed
+            before: `"confidence"` and `"random"` (LLaDA, https://arxiv.org/abs/2502.09992), `"entropy"` and `"margin"`
+            (Dream, https://arxiv.org/abs/2508.15487). Their formulas: `unmasking.py`.
         threshold (`float`): of a thresholded policy; defaults to 0.9 (a probability), 1.0 (a factor above 0), 0.5 and
             0.1 (entropies in nats), 0.96 (a probability), in the order above. Naming another policy than the
             checkpoint's without a threshold takes that policy's default, not the checkpoint's number.
@@ -126,20 +130,20 @@ class DiffusionGenerationConfig(GenerationConfig):
             to softmax(certainty / unmasking_temperature) instead of taking the surest (Dream's `alg_temp`).
         block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
             `"prefix"` computes the block and what is behind it anew, `"dual"` the block alone; keys and values of the
-            rest are those of an earlier pass (Fast-dLLM, https://arxiv.org/abs/2505.22618).
+            rest are those of an earlier pass (Fast-dLLM).
         cache_refresh (`str`, defaults to `"full"`): what the first pass of a block computes anew with a cache: the
             whole canvas, or, with `"previous_block"`, the block just finished along with what the others do.
         cache_refresh_interval (`int`, *optional*): with a cache, every how many passes of a block compute the whole
             canvas, its first included; 1 is exact. None: the first alone.
         stop_at_eos (`bool`, defaults to `True`): a row ends once an end-of-text (any of `eos_token_id`) stands with
             nothing masked before it, and everything behind it becomes padding.
-        eos_threshold (`float`, *optional*): End-of-Text Prediction (Learn2PD, https://arxiv.org/abs/2509.25188): an
-            end-of-text in the block that is written, or predicted with at least this probability, is taken as the end
-            at once, and everything behind it leaves the computation. In [0, 1]; needs `stop_at_eos`. It mostly saves
-            passes, but may cost some: what is written before the end must then fit an end that was taken early, and
-            the model no longer sees the masks behind it, so that one which was trained on canvases of one length
-            becomes less certain (of 64 answers of the distilled model of `examples/word_problems`, 9 took 1 to 4
-            passes more, and 5 became wrong; of its teacher, none took more, and 2 became wrong).
+        eos_threshold (`float`, *optional*): End-of-Text Prediction (Learn2PD): an end-of-text in the block that is
+            written, or predicted with at least this probability, is taken as the end at once, and everything behind it
+            leaves the computation. In [0, 1]; needs `stop_at_eos`. It mostly saves passes, but may cost some: what is
+            written before the end must then fit an end that was taken early, and the model no longer sees the masks
+            behind it, so that one which was trained on canvases of one length becomes less certain (of 64 answers of
+            the distilled model of `examples/word_problems`, 9 took 1 to 4 passes more, and 5 became wrong; of its
+            teacher, none took more, and 2 became wrong).
         mask_token_id (`int`, *optional*): `[MASK]`; defaults to that of the model's configuration.
         kwargs: the standard fields that are honoured, `HONOURED_FIELDS`. `max_new_tokens` defaults to 256.
 

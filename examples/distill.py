@@ -6,6 +6,9 @@ Answers that were judged wrong are left out. Started again after a kill, it goes
 nothing that decides the training was changed. OUTPUT_DIR/merged is the plain model, with remote code, tokenizer, and
 the policy and threshold that it was distilled for.
 
+`--config FILE` takes settings from a recipe of examples/recipes; flags take precedence over it. On one GPU or on a CPU
+(there with `--use_cpu true --dtype float32`), leave out `--config_file`.
+
     accelerate launch --config_file examples/accelerate_configs/ddp.yaml examples/distill.py \\
         --config examples/recipes/llada_8b.yaml --output_dir runs/llada
 """
@@ -42,7 +45,7 @@ class DistillArguments(PromptArguments):
         metadata={
             "help": "Arguments of `generate()` for the teacher's answers to prompts, a mapping in a recipe or JSON: "
             'for example {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 256} (default: one '
-            "token a pass, and 256 tokens)."
+            "token a pass, and as many tokens as the teacher's generation_config.json says, or 256)."
         },
     )
     teacher_batch_size: int = field(
@@ -82,9 +85,14 @@ def right_answers(arguments, rows):
         if len(kept) == 0:
             raise ValueError("No answer is right: look at the column `response`, and at `judge`.")
         rows = kept
+    check_eval_size(arguments, rows)
+    return rows
+
+
+def check_eval_size(arguments, rows):
+    """Something must be left to learn from: looked at before prompts are answered, and when answers were left out."""
     if not 0 <= arguments.eval_size < len(rows):
         raise ValueError(f"`eval_size={arguments.eval_size}` must be less than the number of answers, {len(rows)}.")
-    return rows
 
 
 def main():
@@ -94,6 +102,7 @@ def main():
     PartialState(cpu=not torch.cuda.is_available())
     with plain_errors(ValueError, OSError):
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
+        check_eval_size(arguments, rows)
     if not has_answers(rows):
         arguments.trajectories_dir = arguments.trajectories_dir or str(Path(config.output_dir) / "trajectories")
         rows = teacher_trajectories(

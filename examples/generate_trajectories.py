@@ -75,7 +75,10 @@ class TrajectoryArguments(PromptArguments):
     threshold: float | None = field(
         default=None, metadata={"help": "Threshold of that policy, if it has one (default: the policy's own)."}
     )
-    max_new_tokens: int = field(default=256, metadata={"help": "Length of the answers in tokens."})
+    max_new_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Length of the answers in tokens (default: the teacher's own, as it was saved, or 256)."},
+    )
     batch_size: int = field(default=16, metadata={"help": "Number of prompts that each process decodes at a time."})
 
 

@@ -1,8 +1,8 @@
 """Solve word problems with a diffusion language model and with its distilled student: one live, then a table.
 
 Without `--model` these are the two example models of this repository, a teacher and the student that was distilled
-from it: `checkpoint` and `student` in `examples/word_problems`. They take two minutes on a CPU. All 5,000 held-out
-problems are for a GPU.
+from it: `checkpoint` and `student` in `examples/word_problems`. They take a minute or two on a CPU. All 5,000
+held-out problems are for a GPU.
 
     python examples/quickstart.py
     python examples/quickstart.py --problems 5000
@@ -121,7 +121,7 @@ def main():
     parser = CommandParser(__doc__)
     parser.add_argument("--model", help="Hub id or folder of a model (default: the two example models)")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the Python code of that model")
-    parser.add_argument("--problems", type=int, default=16, help="number of held-out problems, from 1 to 5000")
+    parser.add_argument("--problems", type=int, default=8, help="number of held-out problems, from 1 to 5000")
     parser.add_argument(
         "--batch_size",
         type=int,

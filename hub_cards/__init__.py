@@ -41,5 +41,11 @@ __all__ = [
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    try:
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'No module named {error.name!r}: install it by `pip install ".[train]"` in a checkout of dparallel.',
+            name=error.name,
+        ) from error
     return value

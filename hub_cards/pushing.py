@@ -87,7 +87,7 @@ def push_model(
     """
     card = _check_card(model_card, card, dry_run is not None)
     with staging_folder(repo_id, dry_run) as folder:
-        _stage(model, folder, tokenizer, merge, base_model, results, training)
+        _stage(model, folder, tokenizer, merge, base_model, results, training, repo_id)
         is_whole = not (folder / "adapter_config.json").exists()  # an adapter's base model may be anywhere
         printed, where = _run_snippet(folder, repo_id, prompt) if run_snippet and is_whole else (None, None)
         written = model_card(
@@ -119,8 +119,21 @@ def _check_card(function, card, is_dry_run):
     return {name: value for name, value in card.items() if name not in refused}
 
 
-def _stage(model, folder, tokenizer, merge, base_model, results, training):
+def _named_where_of_others(entry, names):
+    """A measurement, with the name of what was measured where that is not the model that goes by these names."""
+    measured = entry.get("adapter") or entry.get("checkpoint")
+    if entry.get("model") or measured is None or {measured, measured.split("/")[-1]} & names:
+        return entry
+    logger.warning(
+        f"`results` holds numbers of {measured!r}, which is not the model that is pushed: the card has them under "
+        f"that name. If it is the same model, correct `checkpoint` in the results file."
+    )
+    return {**entry, "model": measured}
+
+
+def _stage(model, folder, tokenizer, merge, base_model, results, training, repo_id):
     """Write everything but the card."""
+    given = model
     source = None if hasattr(model, "save_pretrained") else _download(model)
     is_adapter = isinstance(model, PeftModel) or (source is not None and (source / "adapter_config.json").exists())
     if is_adapter and merge:
@@ -143,6 +156,10 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
         if source is None and hasattr(model, "training_record"):
             save_training(model.training_record, folder)
     paths = list(results)
+    if source is None:
+        names = {repo_id, getattr(model, "name_or_path", None)}
+    else:
+        names = {repo_id, str(given), Path(given).name}
     if source is not None:
         paths = paths or [path for path in [source / RESULTS_FILE] if path.exists()]
         training = training or (source / TRAINING_FILE if (source / TRAINING_FILE).exists() else None)
@@ -150,7 +167,8 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training):
             shutil.copy(path, folder)
     if paths:
         load = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths if load_measurements(path)]
-        merged = {"measurements": [entry for each in load for entry in each["measurements"]]}
+        entries = [_named_where_of_others(entry, names) for each in load for entry in each["measurements"]]
+        merged = {"measurements": entries}
         (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     if training is not None:
         shutil.copy(training, folder / TRAINING_FILE)

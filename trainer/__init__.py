@@ -2,21 +2,27 @@
 
 from dparallel.modeling import __version__
 
-from .certainty_forcing_config import CertaintyForcingConfig
-from .certainty_forcing_trainer import CertaintyForcingTrainer
-from .checkpoints import last_complete_checkpoint
-from .diffusion_training_config import DiffusionTrainingConfig
-from .filter_trainer import (
-    FilterConfig,
-    FilterTrainer,
-    acceptance_rates,
-    oracle_passes,
-    record_oracle,
-    split_by_prompt,
-)
-from .masked_diffusion_config import MaskedDiffusionConfig
-from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
-from .trajectories import generate_trajectories
+try:
+    from .certainty_forcing_config import CertaintyForcingConfig
+    from .certainty_forcing_trainer import CertaintyForcingTrainer
+    from .checkpoints import last_complete_checkpoint
+    from .diffusion_training_config import DiffusionTrainingConfig
+    from .filter_trainer import (
+        FilterConfig,
+        FilterTrainer,
+        acceptance_rates,
+        oracle_passes,
+        record_oracle,
+        split_by_prompt,
+    )
+    from .masked_diffusion_config import MaskedDiffusionConfig
+    from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
+    from .trajectories import generate_trajectories
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'No module named {error.name!r}: install it by `pip install ".[train]"` in a checkout of dparallel.',
+        name=error.name,
+    ) from error
 
 __all__ = [
     "CertaintyForcingConfig",

@@ -89,8 +89,8 @@ def _compare_settings(folder, settings):
         raise ValueError(f"{folder} holds shards but no settings.json: choose another folder, or delete this one.")
     if changed := differences(json.loads(path.read_text(encoding="utf-8")), settings):
         raise ValueError(
-            f"{folder} holds the shards of a job with other settings: {changed}. Choose another folder, or delete "
-            f"this one."
+            f"{folder} holds the shards of a job with other settings: {changed}. Choose another `output_dir`, or "
+            f"delete this folder."
         )
 
 

@@ -31,7 +31,7 @@ def generate_trajectories(
     shard_size: int = 64,
     seed: int = 0,
     num_proc: int | None = None,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     unmasking: str = "confidence",
     **settings: Any,
 ) -> Dataset:
@@ -54,7 +54,8 @@ def generate_trajectories(
         shard_size (`int`): prompts per shard.
         seed (`int`): of sampling.
         num_proc (`int`, *optional*): processes for tokenizing.
-        max_new_tokens (`int`), unmasking (`str`), settings: arguments of `generate()`.
+        max_new_tokens (`int`, *optional*), unmasking (`str`), settings: arguments of `generate()`. Answers have the
+            length that the teacher was saved with, or 256 tokens, unless it is given.
 
     Returns:
         `Dataset`, one row for each prompt and in their order: the columns of `prompts`; `example_id`, the prompt's
@@ -77,6 +78,8 @@ def generate_trajectories(
         raise ValueError(f"`prompts` has the columns {taken}, which the trajectories need: rename them.")
     if "generation_config" in settings:
         raise ValueError("`generation_config` is not allowed: name its fields, which are saved with the answers.")
+    if max_new_tokens is None:
+        max_new_tokens = model.generation_config.max_new_tokens or 256
     settings = {"max_new_tokens": max_new_tokens, "unmasking": unmasking, **settings}
     # What the checkpoint's own configuration adds decides the answers, too.
     config, unknown = model._prepare_generation_config(None, **settings)

@@ -99,7 +99,7 @@ def evaluate_task(
     tokens = [len(ids) - start for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
     measurement = Measurement(
         task=task.name,
-        dataset=task.dataset,
+        dataset=task.dataset if data is None or Path(data).is_dir() else Path(data).name,
         split=split or task.split,
         num_examples=len(rows),
         num_fewshot=task.num_fewshot if num_fewshot is None else num_fewshot,

@@ -35,6 +35,10 @@ from .evaluation import check_decoding, evaluate_task, has_no_answers, seconds_o
 from .plot import aup, curves_of, plot, title_of, with_aup
 from .tasks import Task
 
+AUP = (
+    "AUP, accuracy under parallelism (arXiv 2601.07568), is the area under a policy's accuracy in percent against its "
+    "tokens per forward pass: higher is better."
+)
 EVALUATION_ARGUMENTS = frozenset(evaluate_task.__kwdefaults__ or ())  # the others are of generate()
 DEFAULT_GRID = {
     "confidence_threshold": [0.7, 0.8, 0.9, 0.95],
@@ -188,7 +192,7 @@ def main() -> None:
             return
         title, lines = title_of(points, Path(arguments.model).name), curves_of(points)
         areas = "\n".join(f"- AUP of {label}: {area:.1f}" for label, area in aup(lines).items())
-        report = f"{title}\n\n{to_table(points)}\n\n{areas}\n"
+        report = f"{title}\n\n{to_table(points)}\n\n{areas}\n\n{AUP}\n"
         write_measurements(points, folder / RESULTS_FILE)
         (folder / "sweep.md").write_text(report, encoding="utf-8")
         plot(with_aup(lines), folder / "sweep.png", title)

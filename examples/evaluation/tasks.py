@@ -93,7 +93,13 @@ class Task:
         return self._with_columns(Dataset.from_list(rows), path)
 
     def _from_hub(self, split):
-        parts = [load_dataset(self.dataset, subset, split=split) for subset in self.subsets]
+        try:
+            parts = [load_dataset(self.dataset, subset, split=split) for subset in self.subsets]
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"{error}. Without a connection, name a folder with the rows: `--data FOLDER`, or the environment "
+                f"variable DPARALLEL_DATA."
+            ) from error
         rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts).shuffle(seed=0)  # a few are of all
         return self._with_columns(rows, self.dataset)
 

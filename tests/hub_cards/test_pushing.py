@@ -400,6 +400,16 @@ torch.save(model(torch.arange(300, 320)[None]).logits.detach(), sys.argv[1])
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("measured", ["made", "user/model", "other", "user/other"])
+def test_numbers_of_another_model_are_under_its_name(folder, tmp_path, measured, caplog):
+    (tmp_path / "results.json").write_text(json.dumps({"measurements": [MEASUREMENT | {"checkpoint": measured}]}))
+    push(folder, results=[tmp_path / "results.json"], dry_run=tmp_path / "dry")
+    card = (tmp_path / "dry" / "README.md").read_text()
+    is_other = measured.endswith("other")
+    assert (f"| {measured} |" in card) == is_other and ("| this |" in card) != is_other
+    assert ("model-index" in card) != is_other and (f"numbers of '{measured}'" in caplog.text) == is_other
+
+
 def test_the_example(hub, word_model):
     result = call("push_to_hub.py", CHECKPOINT, "user/example")
     assert result.returncode == 0, result.stderr

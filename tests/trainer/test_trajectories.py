@@ -68,6 +68,12 @@ def test_one_token_a_pass_by_default(reader, word_tokenizer, tmp_path):
     assert sorted(row["unmasking_step"]) == list(range(8)) and row["correct"] is None
 
 
+def test_answers_are_as_long_as_the_teacher_was_saved_with(reader, word_tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(reader.generation_config, "max_new_tokens", 8)
+    row = generate_trajectories(reader, word_tokenizer, prompts(1), tmp_path, stop_at_eos=False)[0]
+    assert len(row["unmasking_step"]) <= 8 and json.loads(row["settings"])["max_new_tokens"] == 8
+
+
 def test_a_broken_run_goes_on(reader, word_tokenizer, tmp_path, monkeypatch):
     settings = {**SETTINGS, "do_sample": True, "temperature": 1.5, "shard_size": 2}
     expected = generate_trajectories(reader, word_tokenizer, prompts(), tmp_path / "a", **settings)
@@ -101,7 +107,9 @@ def test_changes_are_noticed(family, reader, word_tokenizer, tmp_path):
 
     first = run(judge=lambda row: True)
     reader.generation_config.block_length = 8
-    with pytest.raises(ValueError, match=r"settings: `generate\.block_length` was 32, is 8\. Choose another folder"):
+    with pytest.raises(
+        ValueError, match=r"settings: `generate\.block_length` was 32, is 8\. Choose another `output_dir`"
+    ):
         run()
     reader.generation_config.block_length = None
     for changes, name in (

@@ -92,7 +92,10 @@ def right_answers(arguments, rows):
 def check_eval_size(arguments, rows):
     """Something must be left to learn from: looked at before prompts are answered, and when answers were left out."""
     if not 0 <= arguments.eval_size < len(rows):
-        raise ValueError(f"`eval_size={arguments.eval_size}` must be less than the number of answers, {len(rows)}.")
+        raise ValueError(
+            f"`eval_size={arguments.eval_size}` is not allowed: it must be less than the number of examples, {len(rows)}; "
+            f"`--eval_size` takes precedence over a recipe's."
+        )
 
 
 def main():

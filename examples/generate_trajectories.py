@@ -98,7 +98,10 @@ def load_rows(arguments):
         kind = "parquet" if path.suffix == ".parquet" else "json"
         return load_dataset(kind, data_files=str(path), split=arguments.dataset_split)
     config = None if path.is_dir() else arguments.dataset_config
-    return load_dataset(arguments.dataset_name, config, split=arguments.dataset_split)
+    try:
+        return load_dataset(arguments.dataset_name, config, split=arguments.dataset_split)
+    except ConnectionError as error:
+        raise ConnectionError(f"{error}. Without a connection, name a file: `--dataset_name rows.jsonl`.") from error
 
 
 def load_judge(name):

@@ -173,7 +173,9 @@ def main():
     print("\nNFE: forward passes per problem. TPF: tokens per forward pass, up to and including the end-of-text.")
     if arguments.problems < NUM_TEST_PROBLEMS:
         print(f"{arguments.problems} problems leave wide intervals; `--problems {NUM_TEST_PROBLEMS}` narrows them.")
-    print("Next, for a page that plays an answer pass by pass: python examples/visualize.py")
+    python = Path(sys.executable)  # the environment need not be active
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    print(f"Next, for a page that plays an answer pass by pass: {python} examples/visualize.py")
 
 
 if __name__ == "__main__":

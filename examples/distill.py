@@ -93,8 +93,8 @@ def check_eval_size(arguments, rows):
     """Something must be left to learn from: looked at before prompts are answered, and when answers were left out."""
     if not 0 <= arguments.eval_size < len(rows):
         raise ValueError(
-            f"`eval_size={arguments.eval_size}` is not allowed: it must be less than the number of examples, {len(rows)}; "
-            f"`--eval_size` takes precedence over a recipe's."
+            f"`eval_size={arguments.eval_size}` is not allowed: it must be less than the number of examples, "
+            f"{len(rows)}. `--eval_size` takes precedence over a recipe's."
         )
 
 

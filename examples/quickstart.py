@@ -98,13 +98,10 @@ def own_decoding(model):
     config = model.generation_config
     if getattr(config, "unmasking", None) is None:
         return None
-    policy = POLICIES[config.unmasking]
-    if policy.is_scheduled:
-        return {"unmasking": config.unmasking, "steps": config.steps or ANSWER_LENGTH}
-    return {
-        "unmasking": config.unmasking,
-        "threshold": policy.default if config.threshold is None else config.threshold,
-    }
+    resolved = model.resolve_generation_config()
+    if POLICIES[config.unmasking].is_scheduled:
+        return {"unmasking": config.unmasking, "steps": resolved.steps or ANSWER_LENGTH}
+    return {"unmasking": config.unmasking, "threshold": resolved.threshold}
 
 
 def table_row(model_name, result):

@@ -20,7 +20,7 @@ from .packed_projections import pack_projections
 
 logger = logging.get_logger(__name__)
 
-PROMPT_BUCKET = 32  # prompts are padded to a multiple of it, so that answers to prompts of all lengths share graphs
+ROW_BUCKET = 8  # above it, steps take a multiple of it of rows; below, a power of 2
 MAX_GRAPHS = 64  # of a canvas
 MAX_CANVASES = 16  # kept between calls, as long as they take
 MAX_MEMORY_SHARE = 0.125  # of the device, all together; the last one is kept whatever it takes
@@ -30,18 +30,25 @@ CAPTURABLE_ATTENTION = ("sdpa", "eager")
 _steps_of_models = weakref.WeakKeyDictionary()
 
 
-def captured_steps(model: PreTrainedModel) -> "CapturedSteps | None":
-    """The `CapturedSteps` of a model, or None where its steps cannot be captured: off CUDA, where transformers would
-    not compile the class either (`_can_compile_fullgraph`), compiled, quantised, spread over devices, under autocast,
-    and with hooks or adapters, which may do something else the next time."""
-    if not _can_capture(model):
-        _steps_of_models.pop(model, None)
-        return None
-    steps = _steps_of_models.get(model)
-    if steps is None or steps.origin != _origin(model):
+def prepare_captured_steps(model: PreTrainedModel) -> "CapturedSteps | None":
+    """The `CapturedSteps` of a model, whose projections are packed for them (`pack_projections`), or None where its
+    steps cannot be captured."""
+    steps = captured_steps(model)
+    if steps is None and model not in _steps_of_models and _can_capture(model):
         pack_projections(model)
         steps = _steps_of_models[model] = CapturedSteps(_origin(model))
-    return None if steps.failed else steps
+    return steps
+
+
+def captured_steps(model: PreTrainedModel) -> "CapturedSteps | None":
+    """The `CapturedSteps` of a model, or None where there are none: not prepared, or where steps cannot be captured,
+    which is off CUDA, where transformers would not compile the class either (`_can_compile_fullgraph`), compiled,
+    quantised, spread over devices, under autocast, and with hooks or adapters, which may do something else the next
+    time. Steps of weights that have moved are forgotten."""
+    steps = _steps_of_models.get(model)
+    if steps is not None and (not _can_capture(model) or steps.origin != _origin(model)):
+        steps = _steps_of_models.pop(model, None) and None
+    return None if steps is None or steps.failed else steps
 
 
 def _can_capture(model) -> bool:
@@ -83,7 +90,7 @@ class CapturedSteps:
 
     Memory of canvases is bounded by the constants above. All graphs share one pool for what is computed on the way,
     since only one of them runs at a time and what they leave is in the canvas; it is as large as the largest step
-    needs. Not for several threads that decode with one model at the same time.
+    needs. Threads that decode with one model take turns, a pass each (`decoding_loop.py`).
     """
 
     def __init__(self, origin: tuple):

@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)  # of `fused_rotate` and `fused_attention`
-MAX_WRITE_LENGTH = 2048  # of answers, for `fused_write`: beyond, compiling it takes seconds
 MAX_QUERIES = 64  # of `fused_attention`: a block, and the one before it
 
 
@@ -192,10 +191,11 @@ def fused_rms_norm(
 
 
 @jit
-def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, slots, length, query_heads, key_heads,
+def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, rows, columns, length, query_heads, key_heads,
             query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
             new_batch, new_head, new_row, table_stride,
-            HAS_VALUE: tl.constexpr, HAS_SLOTS: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+            HAS_VALUE: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr,
+            HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     """Some heads of the queries, or of the keys and values, at one position in a row of the batch."""
     row, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     parts, column = tl.cdiv(query_heads, HEADS), tl.arange(0, HALF)[None, :]
@@ -207,8 +207,9 @@ def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, slots, l
     else:
         head = ((part - parts) * HEADS + tl.arange(0, HEADS))[:, None]
         exists = head < key_heads
-        slot = tl.load(slots + row) if HAS_SLOTS else row
-        place = batch * new_batch + slot * new_row + head * new_head + column
+        slot = tl.load(rows + batch) if HAS_ROWS else batch
+        kept = tl.load(columns + batch * length + row) if HAS_COLUMNS else row
+        place = slot * new_batch + kept * new_row + head * new_head + column
         source, target = key + batch * key_batch + row * key_row + head * key_head + column, new_key + place
         if HAS_VALUE:
             moved = value + batch * value_batch + row * value_row + head * value_head + column
@@ -228,13 +229,14 @@ def fused_rotate(
     sin: torch.Tensor,
     value: torch.Tensor | None = None,
     kept: Sequence[torch.Tensor] | None = None,
-    slots: torch.Tensor | None = None,
+    rows: torch.Tensor | None = None,
+    columns: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim / 2) in float32.
 
-    Returns queries and keys. With `kept`, a pair of tensors (B, key heads, slots, head_dim) that lie alike, the keys
-    and, as they are, the `value` go into their slots of the given numbers (T,), or into the first ones; the queries
-    alone are returned."""
+    Returns queries and keys. With `kept`, a pair of tensors (S, key heads, columns, head_dim) that lie alike, the keys
+    and, as they are, the `value` go into the given `rows` (B,) and `columns` (B, T) of those, or into the first ones;
+    the queries alone are returned."""
     batch_size, query_heads, length, size = query.shape
     key_heads = key.shape[1]
     new_query = query.new_empty(batch_size, length, query_heads, size)
@@ -246,10 +248,12 @@ def fused_rotate(
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     cos, sin = cos.contiguous(), sin.contiguous()
     _rotate[length, batch_size, triton.cdiv(query_heads, 8) + triton.cdiv(key_heads, 8)](
-        query, key, value, new_query, new_key, new_value, cos, sin, cos if slots is None else slots, length,
-        query_heads, key_heads, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3],
+        query, key, value, new_query, new_key, new_value, cos, sin, cos if rows is None else rows,
+        cos if columns is None else columns.contiguous(), length, query_heads, key_heads, *query.stride()[:3],
+        *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3],
         cos.stride(0) if cos.shape[0] > 1 else 0,
-        HAS_VALUE=kept is not None, HAS_SLOTS=slots is not None, HALF=size // 2, HEADS=8, num_warps=2,
+        HAS_VALUE=kept is not None, HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HALF=size // 2,
+        HEADS=8, num_warps=2,
     )  # fmt: skip
     new_query = new_query.transpose(1, 2)
     return new_query if kept is not None else (new_query, new_key)
@@ -278,10 +282,10 @@ def fused_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 @jit
-def _partial_attention(query, key, value, mask, out, sums, maxima, seen, queries, groups, scale, per_part,
+def _partial_attention(query, key, value, mask, rows, out, sums, maxima, seen, queries, groups, scale, per_part,
                        query_batch, query_head, query_row, key_batch, key_head, key_row,
                        value_batch, value_head, value_row, mask_batch,
-                       HAS_MASK: tl.constexpr, IS_WHOLE: tl.constexpr,
+                       HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr, IS_WHOLE: tl.constexpr,
                        ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """All queries of one head in a row of the batch against a part of the keys, by an online softmax to base 2."""
     part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -289,8 +293,9 @@ def _partial_attention(query, key, value, mask, out, sums, maxima, seen, queries
     exists = (row < queries)[:, None]
     source = query + batch * query_batch + head * query_head + row[:, None] * query_row + column[None, :]
     x = tl.load(source, exists, 0.0)
-    key += batch * key_batch + (head // groups) * key_head
-    value += batch * value_batch + (head // groups) * value_head
+    kept = tl.load(rows + batch) if HAS_ROWS else batch
+    key += kept * key_batch + (head // groups) * key_head
+    value += kept * value_batch + (head // groups) * value_head
     maximum = tl.full((ROWS,), -1e30, tl.float32)
     total, weighted = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, SIZE), tl.float32)
     stop = tl.minimum((part + 1) * per_part, seen)
@@ -336,34 +341,41 @@ def _whole_attention(partial, sums, maxima, out, parts, ROWS: tl.constexpr, SIZE
 
 
 def fused_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    rows: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scaling * query key + mask) value for up to `MAX_QUERIES` queries (B, heads, Q, head_dim), against keys
-    and values (B, groups, T, head_dim). `mask` (B, 1, 1 or expanded, T) is added, and the same
-    for all queries; or None. Few queries occupy few multiprocessors, so many keys are shared out and put together
-    again (as in "Flash-Decoding", https://pytorch.org/blog/flash-decoding). Returns (B, Q, heads, head_dim)."""
+    and values (B, groups, T, head_dim), or the given `rows` (B,) of more of them. `mask` (B, 1, 1 or expanded, T) is
+    added, and the same for all queries; or None. Few queries occupy few multiprocessors, so many keys are shared out
+    and put together again (as in "Flash-Decoding", https://pytorch.org/blog/flash-decoding). Returns (B, Q, heads,
+    head_dim)."""
     batch_size, heads, queries, size = query.shape
     groups, seen = heads // key.shape[1], key.shape[2]
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    rows, keys = max(triton.next_power_of_2(queries), 16), 64
+    tile, keys = max(triton.next_power_of_2(queries), 16), 64
     parts = max(min(192 // (batch_size * heads), seen // 192), 1)
     per_part = triton.cdiv(triton.cdiv(seen, parts), keys) * keys
     parts = triton.cdiv(seen, per_part)
     out = query.new_empty(batch_size, queries, heads, size)
     partial = sums = maxima = out
     if parts > 1:
-        shape, options = (batch_size, heads, parts, rows), {"dtype": torch.float32, "device": query.device}
+        shape, options = (batch_size, heads, parts, tile), {"dtype": torch.float32, "device": query.device}
         partial = torch.empty(*shape, size, **options)
         sums, maxima = torch.empty(2, *shape, **options)
     _partial_attention[parts, heads, batch_size](
-        query, key, value, query if mask is None else mask, partial, sums, maxima, seen, queries, groups,
-        scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        0 if mask is None else mask.stride(0), HAS_MASK=mask is not None, IS_WHOLE=parts == 1,
-        ROWS=rows, KEYS=keys, SIZE=size, num_warps=4, num_stages=3,
+        query, key, value, query if mask is None else mask, query if rows is None else rows, partial, sums, maxima,
+        seen, queries, groups, scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], 0 if mask is None else mask.stride(0), HAS_MASK=mask is not None,
+        HAS_ROWS=rows is not None, IS_WHOLE=parts == 1,
+        ROWS=tile, KEYS=keys, SIZE=size, num_warps=4, num_stages=3,
     )  # fmt: skip
     if parts > 1:
         _whole_attention[queries, heads, batch_size](
-            partial, sums, maxima, out, parts, ROWS=rows, SIZE=size, PARTS=triton.next_power_of_2(parts), num_warps=4
+            partial, sums, maxima, out, parts, ROWS=tile, SIZE=size, PARTS=triton.next_power_of_2(parts), num_warps=4
         )
     return out
 
@@ -372,53 +384,44 @@ def fused_attention(
 
 
 @jit
-def _write(token, confidence, accepted, block_start, eos, ids, undecided, unmasking_step, unmasking_confidence,
-           num_passes, end, finished, reach, state, prompt_length, length, block_length, ids_row,
+def _write(token, confidence, accepted, plan, eos, ids, unmasking_step, unmasking_confidence, report, rows,
+           block_length, width, mask_token_id, ids_row,
            NUM_EOS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One row."""
-    row, rows, position = tl.program_id(0).to(tl.int64), tl.num_programs(0), tl.arange(0, BLOCK)
-    start, none = tl.load(block_start).to(tl.int32), 2147483647
-    offset, exists, answer = position - start, position < length, row * length + position
-    in_block = exists & (offset >= 0) & (offset < block_length)
-    is_open = (tl.load(undecided + answer, exists, 0) != 0) & exists
-    passes, was_open = tl.load(num_passes + row), tl.max((is_open & in_block).to(tl.int32), axis=0)
-    source = row * block_length + offset
-    is_new = (tl.load(accepted + source, in_block, 0) != 0) & in_block
-    place, new = ids + row * ids_row + prompt_length + position, tl.load(token + source, in_block, 0)
-    current = tl.where(is_new, new, tl.load(place, in_block, 0))
-    tl.store(place, new, is_new)
-    tl.store(unmasking_step + answer, passes + tl.zeros_like(new), is_new)
-    tl.store(unmasking_confidence + answer, tl.load(confidence + source, in_block, 0.0), is_new)
-    tl.store(num_passes + row, passes + was_open)
-    is_open = is_open & (is_new == 0)
-    last, is_finished = tl.load(end + row), tl.load(finished + row).to(tl.int32)
+    """One row. `plan` and `report` are the tensors (fields, R) of `Plan` and `Report`; of `unmasking_confidence`,
+    every other number is one (`taken_apart`)."""
+    row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    slot, start = tl.load(plan + row), tl.load(plan + 2 * rows + row)
+    seen, number = tl.load(plan + 4 * rows + row), tl.load(plan + 7 * rows + row)
+    stop, column = tl.minimum(tl.load(plan + 3 * rows + row), seen), start + offset
+    exists = (offset < block_length) & (column < stop)
+    place, source = slot * ids_row + column, row * block_length + offset
+    current, new = tl.load(ids + place, exists, 0), tl.load(token + source, exists, 0)
+    is_masked = exists & (current == mask_token_id)
+    is_new = is_masked & (tl.load(accepted + source, exists, 0) != 0)
+    tl.store(ids + place, new, is_new)
+    tl.store(unmasking_step + place, number + tl.zeros_like(new), is_new)
+    tl.store(unmasking_confidence + 2 * place, tl.load(confidence + source, exists, 0.0), is_new)
+    decided = tl.min(tl.where(is_masked & (is_new == 0), column, stop), axis=0)
+    end = decided * 0
     if NUM_EOS > 0:
-        is_eos = position < 0
+        current = tl.where(is_new, new, current)
+        is_eos = offset < 0
         for i in range(NUM_EOS):
             is_eos = is_eos | (current == tl.load(eos + i))
-        decided = tl.min(tl.where(is_open & in_block, offset, none), axis=0)
-        first = tl.min(tl.where(is_eos & in_block & (offset < decided), offset, none), axis=0)
-        is_finished = tl.where(first < none, 1, is_finished)
-        last = tl.where(first < none, tl.minimum(last, start + first + 1), last)
-        is_open = is_open & (is_finished == 0)
-        tl.store(end + row, last)
-        tl.store(finished + row, is_finished != 0)
-    tl.store(undecided + answer, is_open, exists)
-    first = tl.min(tl.where(is_open, position, none), axis=0)
-    tl.store(state + row, tl.max((is_open & in_block).to(tl.int32), axis=0).to(tl.int64))
-    tl.store(state + rows + row, is_finished.to(tl.int64))
-    tl.store(state + 2 * rows + row, tl.minimum(first.to(tl.int64), last))
-    tl.store(state + 3 * rows + row, tl.load(reach + row))
+        first = tl.min(tl.where(is_eos & (offset < block_length) & (column < decided), column, width), axis=0)
+        end = tl.where(first < width, first + 1, 0)
+    tl.store(report + row, decided)
+    tl.store(report + rows + row, end)
+    tl.store(report + 2 * rows + row, seen)
 
 
-def fused_write(canvas: Any, statistics: Any, accepted: torch.Tensor) -> None:
-    """`Canvas.write` and what follows from it, where no end-of-text is predicted. A program reads what it overwrites:
-    one warp, so that none is ahead of another."""
-    eos, (batch_size, length) = canvas.eos, canvas.undecided.shape
-    _write[batch_size,](
-        statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.block_start,
-        canvas.ids if eos is None else eos, canvas.ids, canvas.undecided, canvas.unmasking_step,
-        canvas.unmasking_confidence, canvas.num_passes, canvas.end, canvas.finished, canvas.reach, canvas.state,
-        canvas.prompt_length, length, canvas.block_length, canvas.ids.stride(0),
+def fused_write(canvas: Any, plan: Any, statistics: Any, accepted: torch.Tensor) -> None:
+    """`Canvas.write`, where no end-of-text is predicted. A program reads what it overwrites: one warp, so that none is
+    ahead of another."""
+    eos, (rows, length) = canvas.eos, accepted.shape
+    _write[rows,](
+        statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.plan(rows),
+        canvas.ids if eos is None else eos, canvas.ids, canvas.unmasking_step, canvas.unmasking_confidence,
+        canvas.report(rows), rows, length, canvas.width + 1, canvas.layout.mask_token_id, canvas.ids.stride(0),
         NUM_EOS=0 if eos is None else len(eos), BLOCK=triton.next_power_of_2(length), num_warps=1,
     )  # fmt: skip

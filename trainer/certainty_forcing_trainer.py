@@ -188,16 +188,16 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
         mine += rows[: -(-len(rows) // world) - len(mine)]  # every process has as many passes to take part in
         settings = {"max_new_tokens": self.args.eval_max_new_tokens, **self.args.decoding}
         model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
-        is_sharded, decoded = isinstance(model, FSDPModule), []
+        is_sharded = isinstance(model, FSDPModule)
         if is_sharded:
             # An adapter's generate() calls the model inside, past the hook that would gather the outermost weights;
             # and processes need as many passes, as each takes part in gathering the others'.
             model.unshard()
             settings["synced_gpus"] = True
-        for start in range(0, len(mine), self.args.eval_decoding_batch_size):
-            batch = mine[start : start + self.args.eval_decoding_batch_size]
-            prompts = [tokenize_prompt(row, self.processing_class) for row in batch]
-            decoded += decode_prompts(model, self.processing_class, prompts, **settings)
+        prompts = [tokenize_prompt(row, self.processing_class) for row in mine]
+        decoded = decode_prompts(
+            model, self.processing_class, prompts, batch_size=self.args.eval_decoding_batch_size, **settings
+        )
         if is_sharded:
             model.reshard()
         counted = len(rows[self.args.process_index :: world])

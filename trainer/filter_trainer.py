@@ -1,6 +1,7 @@
 """Training of Learn2PD's filter: what an oracle would accept, recorded, and learned ("Learning to Parallel",
 https://arxiv.org/abs/2509.25188)."""
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +12,11 @@ import torch
 from datasets import Dataset, LargeList, List
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
 
-from dparallel.modeling import UnmaskingFilter, token_statistics
+from dparallel.modeling import DiffusionGenerationConfig, UnmaskingFilter
+from dparallel.modeling.block_schedule import BlockSchedule
+from dparallel.modeling.decoding_loop import DecodingLoop, Prompt
+from dparallel.modeling.generation_config_diffusion import DEFAULTS
+from dparallel.modeling.stopping import NEVER
 from dparallel.modeling.unmasking_filter import FILLING, STATISTICS
 
 from .diffusion_training_config import WITHOUT_EFFECT, refuse_what_has_no_effect
@@ -42,7 +47,7 @@ def record_oracle(
         trajectories (`Dataset`): from `generate_trajectories`, by a slow policy: what it wrote counts as final.
         output_dir (`str` or `Path`): where shards go; one folder for one job.
         max_new_tokens (`int`), block_length (`int`): of decoding with the filter. Behind an answer stands end-of-text.
-        batch_size (`int`): answers per batch; rows do not depend on it, but for rounding.
+        batch_size (`int`): answers that are decoded at the same time; rows do not depend on it, but for rounding.
         shard_size (`int`): answers per shard.
 
     Returns:
@@ -65,8 +70,7 @@ def record_oracle(
     model.eval()
 
     def record_shard(number, shard):
-        batches = shard.iter(batch_size)
-        return [row for batch in batches for row in _decode_with_oracle(model, batch, max_new_tokens, block_length)]
+        return _decode_with_oracle(model, shard[:], max_new_tokens, block_length, batch_size)
 
     trajectories = trajectories.select_columns(["example_id", "input_ids", "prompt_length"])
     job: dict[str, Any] = {"model": model_digest(model), "trajectories": rows_digest(trajectories)}
@@ -75,58 +79,65 @@ def record_oracle(
 
 
 @torch.no_grad()
-def _decode_with_oracle(model, rows, max_new_tokens, block_length):
-    prompts = [ids[:start] for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
-    answers = [ids[start:] for ids, start in zip(rows["input_ids"], rows["prompt_length"], strict=True)]
-    eos, mask_token_id = model.config.eos_token_id, model.config.mask_token_id
-    eos = eos[0] if isinstance(eos, (list, tuple)) else eos
-    width, device = max(map(len, prompts)), model.device
-    prompt = torch.tensor([[eos] * (width - len(ids)) + ids for ids in prompts], device=device)
-    answer = torch.tensor([ids + [eos] * (max_new_tokens - len(ids)) for ids in answers], device=device)
-    canvas = torch.cat((prompt, torch.full_like(answer, mask_token_id)), dim=1)
-    column = torch.arange(canvas.shape[1], device=device)
-    padding = width - torch.tensor([len(ids) for ids in prompts], device=device)[:, None]
-    arguments = {
-        "attention_mask": (column >= padding).long(), "position_ids": (column - padding).clamp(min=0),
-    }  # fmt: skip
-    ends = torch.tensor([len(ids) for ids in answers], device=device)
-    records = []
-    for start in range(0, max_new_tokens, block_length):
-        block = slice(start, min(start + block_length, max_new_tokens))
-        columns = width + torch.arange(block.start, block.stop, device=device)
-        undecided = (ends > start)[:, None].expand(-1, len(columns)).clone()
-        step = 0
-        while undecided.any():
-            logits = model(input_ids=canvas, logits_to_keep=columns - model.logits_shift, **arguments).logits
-            statistics = token_statistics(logits, mask_token_id)
-            is_equal = statistics.token == answer[:, block]
-            records += _records(rows, statistics, undecided, is_equal, start // block_length, step, block_length)
-            accepted = undecided & is_equal
-            accepted |= undecided & ~accepted.any(dim=1, keepdim=True)
-            canvas[:, columns] = torch.where(accepted, answer[:, block], canvas[:, columns])
-            undecided &= ~accepted
-            step += 1
-    return sorted(records, key=lambda row: (row["example_id"], row["block"], row["step"]))
+def _decode_with_oracle(model, rows, max_new_tokens, block_length, batch_size):
+    """The records of these answers, by the loop that decodes, with an oracle in the place of the policy."""
+    config = DiffusionGenerationConfig(
+        **{**DEFAULTS, "block_length": block_length}, mask_token_id=model.config.mask_token_id
+    )
+    oracle = _Oracle(model, rows, max_new_tokens, block_length)
+    schedule = BlockSchedule(
+        block_length=block_length, unmasking=config.unmasking, logits_shift=model.logits_shift, seed=0
+    )
+    prompts = [Prompt(i, ids, max_new_tokens) for i, ids in enumerate(oracle.prompts)]
+    loop = DecodingLoop(
+        model, config, schedule, slots=min(batch_size, len(prompts)), seed=0, device=model.device, stop=oracle.stop,
+        width=max(map(len, oracle.prompts)) + max_new_tokens, choose=oracle.choose,
+    )  # fmt: skip
+    for _ in loop.run(prompts):
+        pass
+    return sorted(oracle.records, key=lambda row: (row["example_id"], row["block"], row["step"]))
 
 
-def _records(rows, statistics, undecided, is_equal, block, step, block_length):
-    """Those of the examples whose block is still open."""
-    filling = FILLING | {"labels": 1}
-    columns = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
-    columns |= {"masked": undecided.long(), "labels": is_equal.long()}
-    missing = block_length - undecided.shape[1]
-    columns = {
-        name: torch.nn.functional.pad(column, (0, missing), value=filling.get(name, 0)).tolist()
-        for name, column in columns.items()
-    }
-    return [
-        {
-            "example_id": rows["example_id"][i], "block": block, "step": step,
-            **{name: column[i] for name, column in columns.items()},
-        }
-        for i, is_open in enumerate(undecided.any(dim=1).tolist())
-        if is_open
-    ]  # fmt: skip
+class _Oracle:
+    """Knows the answers to `rows`, and notes what it sees."""
+
+    def __init__(self, model, rows, max_new_tokens, block_length):
+        pairs = list(zip(rows["input_ids"], rows["prompt_length"], strict=True))
+        self.prompts, answers = [ids[:start] for ids, start in pairs], [ids[start:] for ids, start in pairs]
+        eos, self.block_length = model.config.eos_token_id, block_length
+        eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+        filled = [ids + [eos] * (max_new_tokens - len(ids)) for ids in answers]
+        self.answers = torch.tensor(filled, device=model.device)
+        self.starts = torch.tensor([len(ids) for ids in self.prompts], device=model.device)
+        self.lengths = np.array([len(ids) for ids in answers])
+        self.example_ids, self.records, self.steps = rows["example_id"], [], Counter()
+
+    def stop(self, canvas, rows, slots):
+        """A row ends with the block that holds the last token of its answer."""
+        ends = rows.prompt_length[slots] + self.lengths[rows.request[slots]]
+        return np.where(ends <= rows.stop[slots], ends, NEVER)
+
+    def choose(self, plan, columns, masked, statistics):
+        """Accept the predictions that are equal to the answer; where none is, fill the block from it."""
+        offsets, exists = columns - self.starts[plan.request][:, None], columns < plan.stop[:, None]
+        answer = self.answers[plan.request[:, None], offsets.clamp(max=self.answers.shape[1] - 1)]
+        is_equal = statistics.token == answer
+        self._record(plan, offsets, exists, masked, statistics, is_equal)
+        accepted = masked & is_equal
+        return statistics._replace(token=answer), accepted | (masked & ~accepted.any(dim=1, keepdim=True))
+
+    def _record(self, plan, offsets, exists, masked, statistics, is_equal):
+        filling, missing = FILLING | {"labels": 1}, self.block_length - masked.shape[1]
+        columns = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
+        columns |= {"masked": masked.long(), "labels": is_equal.long()}
+        for name, column in columns.items():
+            column = column.masked_fill(~exists, filling.get(name, 0))
+            columns[name] = torch.nn.functional.pad(column, (0, missing), value=filling.get(name, 0)).tolist()
+        blocks = (offsets[:, 0] // self.block_length).tolist()
+        for i, (request, block) in enumerate(zip(plan.request.tolist(), blocks, strict=True)):
+            row = {"example_id": self.example_ids[request], "block": block, "step": self.steps[request, block]}
+            self.records.append(row | {name: column[i] for name, column in columns.items()})
+            self.steps[request, block] += 1
 
 
 def oracle_passes(records: Dataset) -> float:

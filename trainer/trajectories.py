@@ -39,7 +39,7 @@ def generate_trajectories(
     trajectory that dParallel distils (https://arxiv.org/abs/2509.26488, section 3.1).
 
     Work is spread over the processes of `accelerate launch`, and saved as it goes: after a kill, the same call goes on
-    with what is missing and gives the same rows as an unbroken run. Prompts of similar length share a batch.
+    with what is missing and gives the same rows as an unbroken run.
 
     Args:
         model (`PreTrainedModel`): the teacher, on its device.
@@ -49,8 +49,8 @@ def generate_trajectories(
         output_dir (`str` or `Path`): where shards go; one folder for one job.
         judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row, with all columns, and must
             always say the same of it. Verdicts are not saved: a changed judge needs no new decoding.
-        batch_size (`int`): prompts per batch, of one shard, so `shard_size` at most. It may change between runs, after
-            running out of memory for example; answers do not depend on it, but for rounding and for sampled ones.
+        batch_size (`int`): prompts that are answered at the same time, of one shard, so `shard_size` at most. It may
+            change between runs; answers do not depend on it, but for rounding.
         shard_size (`int`): prompts per shard.
         seed (`int`): of sampling.
         num_proc (`int`, *optional*): processes for tokenizing.
@@ -82,11 +82,7 @@ def generate_trajectories(
         max_new_tokens = model.generation_config.max_new_tokens or 256
     settings = {"max_new_tokens": max_new_tokens, "unmasking": unmasking, **settings}
     # What the checkpoint's own configuration adds decides the answers, too.
-    config, unknown = model._prepare_generation_config(None, **settings)
-    if unknown:
-        raise ValueError(f"{sorted(unknown)} are no fields of DiffusionGenerationConfig: only those can be saved.")
-    model._check_config(config, {})
-    model._check_filter(None, config, model.device)
+    config = model.resolve_generation_config(**settings)
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"`batch_size={batch_size!r}` is not allowed: it must be an integer of at least 1.")
     if (config.num_return_sequences or 1) != 1:
@@ -126,16 +122,11 @@ def generate_trajectories(
         return words if judge is None else words | {"right": f"{sum(verdicts.values()) / len(verdicts):.1%}"}
 
     def decode_shard(number, shard):
-        ids = shard["input_ids"]
-        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        rows, generator = [None] * len(ids), torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
-        for start in range(0, len(ids), batch_size):
-            chosen = order[start : start + batch_size]
-            answers = decode_prompts(
-                model, tokenizer, [ids[i] for i in chosen], generator=generator, generation_config=config
-            )
-            for i, answer in zip(chosen, answers, strict=True):
-                rows[i] = {"example_id": number * shard_size + i, **answer}
+        generator = torch.Generator(model.device).manual_seed(seed * 1_000_003 + number)
+        answers = decode_prompts(
+            model, tokenizer, shard["input_ids"], batch_size=batch_size, generator=generator, generation_config=config
+        )
+        rows = [{"example_id": number * shard_size + i, **answer} for i, answer in enumerate(answers)]
         if judge is not None:  # here, so that one that fails does so now, and not after hours
             for item, row in zip(shard, rows, strict=True):
                 verdicts[row["example_id"]] = is_right({**item, **row})
@@ -166,37 +157,26 @@ def decode_prompts(
     model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
+    *,
+    batch_size: int,
     **settings: Any,
 ) -> list[dict]:
-    """Answer one batch of prompts, each a list of token ids, with `model.generate(**settings)`.
+    """Answer prompts, each a list of token ids, with `model.generate_batch(**settings)`, `batch_size` at a time.
 
     Returns:
         For each prompt: `input_ids` (prompt and answer, up to and including the end-of-text), `prompt_length`,
         `response` (text), `num_forward_passes`, and `unmasking_step` (of the answer's tokens).
     """
-    width = max(map(len, prompts))
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
-    input_ids = torch.zeros_like(mask)
-    input_ids[mask.bool()] = torch.tensor([token for row in prompts for token in row])
-    output = model.generate(
-        input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        tokenizer=tokenizer,
-        return_dict_in_generate=True,
-        **settings,
-    )
-    answers, steps = output.sequences[:, width:].tolist(), output.unmasking_step.tolist()
+    outputs = model.generate_batch(list(prompts), max_batch_size=batch_size, tokenizer=tokenizer, **settings)
     return [
         {
-            "input_ids": [*prompt, *answer[:length]],
-            "prompt_length": len(prompt),
-            "response": tokenizer.decode(answer[:length], skip_special_tokens=True),
-            "num_forward_passes": passes,
-            "unmasking_step": step[:length],
+            "input_ids": [*output.prompt_ids, *output.generated_tokens[: output.num_tokens]],
+            "prompt_length": len(output.prompt_ids),
+            "response": tokenizer.decode(output.generated_tokens[: output.num_tokens], skip_special_tokens=True),
+            "num_forward_passes": output.num_forward_passes,
+            "unmasking_step": output.unmasking_step[: output.num_tokens],
         }
-        for prompt, answer, step, length, passes in zip(
-            prompts, answers, steps, output.num_tokens.tolist(), output.num_forward_passes.tolist(), strict=True
-        )
+        for output in outputs.values()
     ]
 
 

@@ -111,12 +111,12 @@ def plain_loop(model, prompts, length, passes):
 def time_steps(model, decode):
     """Replay each captured step of a decoding alone. Returns seconds of each kind, the longest first, and of all steps
     that the decoding makes."""
-    steps, counts, starts = captured_steps(model), Counter(), {}
+    steps, counts, plans = captured_steps(model), Counter(), {}
     run = steps.run
 
     def count(canvas, key, step):
         counts[key] += 1
-        starts[key] = canvas.block_start.clone()
+        plans[key] = canvas.plan(key.rows).clone()
         run(canvas, key, step)
 
     steps.run = count
@@ -125,7 +125,7 @@ def time_steps(model, decode):
     canvas, taken = next(reversed(steps.canvases.values())), {}
     for key in counts:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        canvas.block_start.copy_(starts[key])  # a pass to the end of the canvas must begin where it did
+        canvas.plan(key.rows).copy_(plans[key])
         canvas.graphs[key].replay()
         begin.record()
         for _ in range(5):

@@ -139,24 +139,24 @@ def _decode_a_batch(model, tokenizer, questions, batch_size, settings):
     first = questions.select(range(min(batch_size, len(questions))))
     generator = torch.Generator(model.device).manual_seed(0)
     ids = [tokenize_prompt(row, tokenizer) for row in first]
-    decode_prompts(model, tokenizer, ids, generator=generator, **settings)
+    decode_prompts(model, tokenizer, ids, batch_size=batch_size, generator=generator, **settings)
 
 
 def stopping_at(stop_strings: Sequence[str], model: PreTrainedModel, settings: dict[str, Any]) -> dict:
     """Arguments of `generate()` with strings to stop at, where rows may end early at all."""
-    config, _ = model._prepare_generation_config(None, **settings)
+    config = model.resolve_generation_config(**settings)
     may_end = config.stop_at_eos and (config.pad_token_id is not None or config.eos_token_id is not None)
     return {"stop_strings": list(stop_strings), **settings} if stop_strings and may_end else settings
 
 
 def resolve_decoding(model: PreTrainedModel, settings: dict[str, Any]) -> dict:
     """What decoding with these arguments of `generate()` goes by: theirs, the checkpoint's own, and the defaults."""
-    config, _ = model._prepare_generation_config(None, **settings)
+    config = model.resolve_generation_config(**settings)
     policy = POLICIES[config.unmasking]
     if policy.is_scheduled:
         number = {"steps": config.max_new_tokens if config.steps is None else config.steps}
     else:
-        number = {"threshold": policy.default if config.threshold is None else config.threshold}
+        number = {"threshold": config.threshold}
     names = [
         name
         for name in (*DECODING_ARGUMENTS, *SAMPLING_ARGUMENTS, "stop_strings")
@@ -187,9 +187,7 @@ def check_decoding(model: PreTrainedModel, decoding: dict[str, Any]) -> None:
     """
     if "generation_config" in decoding:
         raise ValueError("`generation_config` is not allowed: name its fields, which the results can hold.")
-    config, others = model._prepare_generation_config(None, **decoding)
-    model._check_config(config, others)
-    model._check_filter(None, config, model.device)
+    config = model.resolve_generation_config(**decoding)
     for name, why in config.ignored().items():
         if name in decoding:
             raise ValueError(f"`{name}={decoding[name]!r}` is not allowed: {why}, so it would have no effect.")

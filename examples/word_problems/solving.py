@@ -43,34 +43,24 @@ class Result:
 
 
 def evaluate(model, tokenizer, problems, name, batch_size=16, **settings) -> Result:
-    """Solve `problems` in batches with `model.generate(**settings)`.
+    """Solve `problems`, `batch_size` at a time, with `model.generate_batch(**settings)`.
 
-    `max_new_tokens` is 128 unless given. Problems of similar length share a batch, so that little is padded; results
-    do not depend on it.
+    `max_new_tokens` is 128 unless given.
     """
     prompts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": problem.question}], add_generation_prompt=True, tokenize=False
-        )
+            [{"role": "user", "content": problem.question}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
         for problem in problems
     ]
-    order = sorted(range(len(problems)), key=lambda i: len(prompts[i]))
     correct, passes, tokens = [False] * len(problems), 0, 0
     start = time.perf_counter()
-    batches = range(0, len(order), batch_size)
-    for first in tqdm(batches, desc=name, leave=False):
-        rows = order[first : first + batch_size]
-        batch = tokenizer([prompts[i] for i in rows], add_special_tokens=False, padding=True, return_tensors="pt")
-        output = model.generate(
-            **batch.to(model.device), return_dict_in_generate=True, **{"max_new_tokens": ANSWER_LENGTH, **settings}
-        )
-        lengths = output.num_tokens.tolist()
-        answers = output.sequences[:, batch["input_ids"].shape[1] :].tolist()
-        answers = [answer[:length] for answer, length in zip(answers, lengths, strict=True)]
-        for i, text in zip(rows, tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True):
-            correct[i] = is_correct(text, problems[i].answer)
-        passes += output.num_forward_passes.sum().item()
-        tokens += sum(lengths)
+    outputs = model.generate_each(prompts, max_batch_size=batch_size, **{"max_new_tokens": ANSWER_LENGTH, **settings})
+    for output in tqdm(outputs, total=len(prompts), desc=name, leave=False):
+        answer = tokenizer.decode(output.generated_tokens[: output.num_tokens], skip_special_tokens=True)
+        correct[output.index] = is_correct(answer, problems[output.index].answer)
+        passes += output.num_forward_passes
+        tokens += output.num_tokens
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return Result(name, settings, correct, passes / len(problems), tokens / passes, time.perf_counter() - start)

@@ -23,6 +23,7 @@ from dparallel.hub_cards import load_measurements, push_dataset
 from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
 from dparallel.trainer import CertaintyForcingConfig
+from tests.families import FAMILIES
 from tests.golden import CHECKPOINT, STUDENT
 from tests.scripts import EXAMPLES, call, check_arguments, load, parser_of, run, split_command, start
 
@@ -57,7 +58,8 @@ def test_quickstart_takes_another_model(tmp_path):
     ],
 )
 def test_quickstart_finds_the_policy_of_a_checkpoint(saved, expected):
-    model = SimpleNamespace(generation_config=DiffusionGenerationConfig(**saved))
+    model = FAMILIES["llada"].make()
+    model.generation_config = DiffusionGenerationConfig(**saved)
     assert quickstart.own_decoding(model) == expected
 
 

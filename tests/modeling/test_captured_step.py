@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from dparallel.modeling import captured_step, generation_diffusion
+from dparallel.modeling import captured_step, generation_diffusion, unmasking
 from dparallel.modeling.captured_step import CapturedSteps, captured_steps
 from tests.families import FAMILIES
 from tests.modeling.test_block_cache import CACHES, name_of
@@ -34,7 +34,9 @@ def device(request, monkeypatch):
         monkeypatch.setattr(
             CapturedSteps, "_capture", lambda self, _, step: (captures.append(1), SimpleNamespace(replay=step))[1]
         )
-        monkeypatch.setattr(generation_diffusion, "captured_steps", lambda model: None if steps.failed else steps)
+        monkeypatch.setattr(
+            generation_diffusion, "prepare_captured_steps", lambda model: None if steps.failed else steps
+        )
         properties = SimpleNamespace(total_memory=8 * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     yield SimpleNamespace(name=request.param, captures=captures)
@@ -78,13 +80,27 @@ def test_graphs_are_found_again(device, family):
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "entropy_threshold", "stop_at_eos": False}
     counts = []
     for seed in range(6):  # other prompts, lengths and thresholds
-        ids = torch.randint(0, 317, (2, 5 + seed), generator=torch.Generator().manual_seed(seed)).to(device.name)
+        ids = torch.randint(0, 317, (1, 2 + seed), generator=torch.Generator().manual_seed(seed)).to(device.name)
         assert_same(*both(model, ids, threshold=0.1 + 0.05 * seed, block_cache="dual", **settings))
         counts.append(len(device.captures))
     assert counts == [2] * 6  # a whole pass and a pass over a block
-    ids = torch.randint(0, 317, (2, 70), device=device.name)
+    ids = torch.randint(0, 317, (1, 70), device=device.name)
     assert_same(*both(model, ids, threshold=0.1, block_cache="dual", **settings))
     assert len(device.captures) == 4
+
+
+def test_a_policy_that_is_defined_anew_is_not_replayed(device, family, monkeypatch):
+    model, ids = family.load().to(device.name), torch.tensor([[5, 6, 7]], device=device.name)
+    settings = {"max_new_tokens": 12, "block_length": 6, "unmasking": "confidence_threshold", "stop_at_eos": False}
+    captured, plain = both(model, ids, **settings)
+    assert_same(captured, plain)
+    everything = unmasking.POLICIES["confidence_threshold"]._replace(
+        select=lambda statistics, masked, *, threshold: masked
+    )
+    monkeypatch.setitem(unmasking.POLICIES, "confidence_threshold", everything)
+    captured, plain = both(model, ids, **settings)
+    assert_same(captured, plain)
+    assert captured.num_forward_passes.item() == 2
 
 
 def test_outputs_are_the_callers(device, family):
@@ -165,14 +181,14 @@ def test_memory_is_bounded(device, family, monkeypatch):
     monkeypatch.setattr(CapturedSteps, "give_back", counted)
     monkeypatch.setattr(captured_step, "MAX_CANVASES", 3)
     monkeypatch.setattr(captured_step, "MAX_GRAPHS", 2)
-    for length in (6, 8, 10, 12, 6):
+    for length in (6, 38, 70, 102, 6):
         settings = {"max_new_tokens": length, "block_length": 3, "block_cache": "prefix", "unmasking": "confidence"}
         assert_same(*both(model, torch.tensor([[5, 6]], device=device.name), **settings))
     assert max(count for count, _ in kept) == 3 and max(graphs for _, graphs in kept) == 2
     monkeypatch.setattr(captured_step, "MAX_MEMORY_SHARE", 0.0)
     for _ in range(2):  # with nothing left of what was there, captures go on
         captures = len(device.captures)
-        for length in (7, 9):
+        for length in (7, 32):
             assert_same(*both(model, torch.tensor([[5, 6]], device=device.name), max_new_tokens=length))
             assert kept[-1][0] == 1
         assert len(device.captures) == captures + 2
@@ -210,12 +226,14 @@ def test_asking_for_hidden_states_once_changes_nothing(family):
     assert not any(map(captured_step._is_changeable, model.modules()))
 
 
-def test_a_generator_that_draws_nothing_is_no_hindrance(device, family, prompt):
-    model, settings = family.load().to(device.name), {"max_new_tokens": 12, "block_length": 6}
-    generator = torch.Generator(device.name)
-    model.generate(prompt.to(device.name), generator=generator, do_sample=True, **settings)
-    assert not device.captures
-    assert_same(*both(model, prompt.to(device.name), generator=generator, **settings))
+def test_a_generator_is_no_hindrance(device, family, prompt):
+    model, settings = family.load().to(device.name), {"max_new_tokens": 12, "block_length": 6, "do_sample": True}
+    captured, plain = (
+        model.generate(prompt.to(device.name), generator=torch.Generator(device.name).manual_seed(5),
+                       disable_compile=disable, return_dict_in_generate=True, **settings)
+        for disable in (False, True)
+    )  # fmt: skip
+    assert_same(captured, plain)
     assert device.captures
 
 
@@ -223,6 +241,7 @@ def test_a_generator_that_draws_nothing_is_no_hindrance(device, family, prompt):
 def test_hooks_adapters_and_moved_weights_are_seen():
     model, family = FAMILIES["llada"].load().cuda(), FAMILIES["llada"]
     ids, settings = torch.tensor([[5, 6, 7]], device="cuda"), {"max_new_tokens": 12, "block_length": 6}
+    assert captured_steps(model) is None  # asking does not prepare them
     first = model.generate(ids, **settings)
     steps = captured_steps(model)
     assert steps is captured_steps(model) and steps.canvases
@@ -238,7 +257,7 @@ def test_hooks_adapters_and_moved_weights_are_seen():
     model.cuda()
     assert torch.equal(model.generate(ids, **settings), first)
     model.to(torch.float64).to(torch.float32)
-    assert captured_steps(model) is not steps and torch.equal(model.generate(ids, **settings), first)
+    assert captured_steps(model) is None and torch.equal(model.generate(ids, **settings), first)
     handle = model.get_output_embeddings().register_forward_hook(lambda module, args, out: out.roll(1, dims=-1))
     assert captured_steps(model) is None
     rolled = model.generate(ids, **settings)

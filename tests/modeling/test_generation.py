@@ -274,7 +274,7 @@ def test_only_the_block_goes_through_the_head(model, prompt):
     "cache", [{}, {"block_cache": "dual", "cache_refresh": "previous_block"}], ids=["none", "dual"]
 )
 def test_ended_rows_leave_the_batch(model, prompt, cache):
-    """At the next block, and what is returned is in the order of the prompts; with a user's criteria all rows stay."""
+    """In the next pass, and what is returned is in the order of the prompts; with a user's criteria all rows stay."""
     ids = torch.cat([prompt.roll(i, 1) for i in range(6)])
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "confidence", "steps": 24, **cache}
     full = model.generate(ids, stop_at_eos=False, **settings)[:, 9:]
@@ -287,7 +287,9 @@ def test_ended_rows_leave_the_batch(model, prompt, cache):
     )
     try:
         output = model.generate(ids, **settings)
-        assert shapes[:8] == [6] * 8 and shapes[8] == 6 - ends.sum() and output.sequences.shape == (6, 33)
+        taken = [(output.num_forward_passes > number).sum().item() for number in range(24)]
+        # With the cache, rows take turns: those that want the same make a pass.
+        assert sum(shapes) == sum(taken) and (cache or shapes == taken) and output.sequences.shape == (6, 33)
         shapes.clear()
         stayed = model.generate(ids, stopping_criteria=[StopAt([500] * 6)], **settings)
         assert set(shapes) == {6}

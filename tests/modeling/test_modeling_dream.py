@@ -292,11 +292,11 @@ def test_drawn_positions_follow_the_softmax():
     score = torch.tensor([[0.9, 0.5, 0.1, 0.7]]).expand(20000, 4)
     masked = torch.tensor([[True, True, True, False]]).expand(20000, 4)
     generator = torch.Generator().manual_seed(0)
-    drawn = most(score, masked, 1, 0.4, generator)
+    drawn = most(score, masked, 1, 0.4, torch.rand(score.shape, generator=generator))
     assert (drawn.sum(dim=1) == 1).all()
     expected = (score[0, :3] / 0.4).softmax(dim=0)
     torch.testing.assert_close(drawn.float().mean(dim=0)[:3], expected, atol=0.01, rtol=0)
-    pairs = most(score, masked, 2, 0.4, generator)
+    pairs = most(score, masked, 2, 0.4, torch.rand(score.shape, generator=generator))
     assert (pairs.sum(dim=1) == 2).all() and not pairs[:, 3].any()
 
 

@@ -110,13 +110,20 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
 
 SHARED = {
     "block_cache",
+    "block_schedule",
     "canvas",
     "captured_step",
+    "decoding_loop",
+    "draws",
+    "generation_batch",
     "generation_config_diffusion",
     "generation_diffusion",
+    "generation_inputs",
+    "generation_outputs",
     "layers",
     "logits_processing",
     "packed_projections",
+    "stopping",
     "token_statistics",
     "triton_kernels",
     "unmasking",
@@ -127,6 +134,7 @@ SHARED = {
 def test_saved_folder_holds_all_remote_code_and_nothing_else(family, reader, tmp_path):
     reader.save_pretrained(tmp_path)
     names = {f"configuration_{family.name}", f"modeling_{family.name}", *SHARED}
+    names |= {"generation_dream"} if family.name == "dream" else set()
     assert {path.stem for path in tmp_path.glob("*.py")} == names
     for name in names:
         assert (tmp_path / f"{name}.py").read_text() == (CODE / f"{name}.py").read_text()

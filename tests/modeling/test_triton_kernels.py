@@ -4,11 +4,13 @@ interpreter."""
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 
 from dparallel.modeling import TokenStatistics, layers, modeling_llada, token_statistics, triton_kernels
-from dparallel.modeling.canvas import ROW_STATE, Canvas, Layout
+from dparallel.modeling.block_cache import BlockCache
+from dparallel.modeling.canvas import Canvas, Layout, Plan
 
 pytest.importorskip("triton")
 
@@ -105,20 +107,23 @@ def test_rotary_embedding(query_heads, key_heads, size, dtype, rows):
         assert_close(rotated, expected)
 
 
-@pytest.mark.parametrize("slots", [None, [8, 2, 5, 3, 11, 0, 1]])
+@pytest.mark.parametrize("rows", [None, [3, 1]])
+@pytest.mark.parametrize("columns", [None, [[8, 2, 5, 3, 11, 0, 1], [0, 1, 2, 3, 4, 5, 10]]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(3, 3, 16), (20, 10, 32)])
-def test_rotated_keys_and_values_find_their_slots(query_heads, key_heads, size, dtype, slots):
+def test_rotated_keys_and_values_find_their_places(query_heads, key_heads, size, dtype, columns, rows):
+    """In the cache, by the kernel as by `BlockCache.update`."""
     query, key, value, tables = heads_and_tables(query_heads, key_heads, size, dtype, 2)
-    kept = [random(2, key_heads, 12, size, seed=seed, dtype=dtype) for seed in (2, 3)]
-    expected = [each.clone() for each in kept]
+    kept = [random(4, key_heads, 12, size, seed=seed, dtype=dtype) for seed in (2, 3)]
+    cache = BlockCache(4, 12)
+    cache.keys, cache.values = [kept[0].clone()], [kept[1].clone()]
     rotated, rotated_key = layers.rotate(query, key, *tables)
-    for tensor, states in zip(expected, (rotated_key, value), strict=True):
-        tensor[:, :, list(range(7)) if slots is None else slots] = states
-    slots = None if slots is None else torch.tensor(slots, device=DEVICE)
-    assert_close(triton_kernels.fused_rotate(query, key, *tables, value, kept, slots), rotated)
-    for found, tensor in zip(kept, expected, strict=True):
-        assert_close(found, tensor)
+    rows, columns = (None if each is None else torch.tensor(each, device=DEVICE) for each in (rows, columns))
+    cache.place(slice(2) if rows is None else rows, columns, 7 if columns is None else 12)
+    cache.update(rotated_key, value, 0)
+    assert_close(triton_kernels.fused_rotate(query, key, *tables, value, kept, rows, columns), rotated)
+    for found, expected in zip(kept, cache.of_layer(0, key), strict=True):
+        assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -143,6 +148,10 @@ def test_attention(batch_size, queries, seen, heads, groups, size, with_mask):
         mask = torch.where(hidden, torch.finfo(NARROW).min, 0.0).to(NARROW)[:, None, None]
         mask = mask.expand(-1, -1, queries, -1)
     found = triton_kernels.fused_attention(query, key, value, mask, size**-0.5)
+    # The same keys and values in other rows of a cache.
+    rows = torch.randperm(batch_size + 2, generator=torch.Generator().manual_seed(0))[:batch_size].to(DEVICE)
+    kept = [each.new_zeros(batch_size + 2, *each.shape[1:]).index_copy_(0, rows, each) for each in (key, value)]
+    assert torch.equal(triton_kernels.fused_attention(query, *kept, mask, size**-0.5, rows), found)
     query, key, value = (each.float() for each in (query, key, value))
     expected = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, None if mask is None else mask.float(), enable_gqa=True
@@ -172,27 +181,46 @@ def test_only_masks_that_are_alike_for_all_queries_go_to_the_kernel(monkeypatch)
 
 
 @pytest.mark.parametrize("eos", [(), (5,), (5, 6)])
-@pytest.mark.parametrize(("length", "block_length"), [(12, 4), (21, 8)])
-def test_writing_to_a_canvas(eos, length, block_length):
-    """Block by block, with tokens that end rows now and then, on a canvas whose prompts are shorter than it allows."""
+@pytest.mark.parametrize("block_length", [4, 7])
+def test_writing_to_a_canvas(eos, block_length):
+    """Rows at different places, some of which see less than their block, with tokens that end rows now and then, and a
+    step that is filled up with rows that have no place."""
     generator = torch.Generator().manual_seed(0)
-    layout = Layout(12, 5, length, True, False, MASK, eos, None, torch.device(DEVICE))
-    plain, fused = (Canvas(layout).load(torch.full((12, 3), 9, device=DEVICE)) for _ in range(2))
-    for start in range(0, length, block_length):
-        block = slice(start, min(start + block_length, length))
+    layout = Layout(12, 32, False, MASK, eos, None, torch.device(DEVICE))
+    plain, fused = Canvas(layout), Canvas(layout)
+    lengths = torch.randint(1, 12, (12,), generator=generator).tolist()
+    for canvas in (plain, fused):
+        canvas.load(list(range(12)), [torch.full((length,), 9) for length in lengths])
+    starts, ended = np.array(lengths), 0
+    for number in range(4 * block_length):
+        slots = np.flatnonzero(np.random.default_rng(number).random(12) < 0.8)
+        start = starts[slots]
+        stop = np.minimum(start + np.where(slots % 3, block_length, block_length - 1), 32)
+        seen = np.minimum(starts[slots] + np.where(slots % 4, 99, 2), 32)
+        nothing = np.zeros_like(slots)
+        plan = Plan(slots, nothing, start, stop, seen, nothing, nothing, nothing + number)
+        rows, shape = len(slots) + number % 3, (len(slots) + number % 3, block_length)
+        token = torch.randint(4, 20, shape, generator=generator).to(DEVICE)
+        statistics = TokenStatistics(token, torch.rand(shape, generator=generator).to(DEVICE), None, None)
+        chosen = (torch.rand(shape, generator=generator) < 0.4).to(DEVICE)
         for canvas in (plain, fused):
-            canvas.enter(block)
-        for _ in range(block_length):
-            shape = (12, block.stop - start)
-            token = torch.randint(4, 20, shape, generator=generator).to(DEVICE)
-            statistics = TokenStatistics(token, torch.rand(shape, generator=generator).to(DEVICE), None, None)
-            accepted = (torch.rand(shape, generator=generator) < 0.4).to(DEVICE) & plain.undecided[:, block]
-            plain.write(statistics, accepted)
-            triton_kernels.fused_write(fused, statistics, accepted)
-            for name in (*ROW_STATE, "state"):
-                assert torch.equal(getattr(fused, name), getattr(plain, name)), name
-    if eos:
-        assert 0 < plain.finished.sum() < 12
+            canvas.send(plan, rows)
+            sent = Plan(*canvas.plan(rows))
+            _, masked = canvas.block_columns(sent, block_length)
+            if canvas is plain:
+                canvas.write(sent, masked, statistics, chosen & masked)
+            else:
+                triton_kernels.fused_write(canvas, sent, statistics, chosen & masked)
+        reports = [canvas.look(rows, len(slots)) for canvas in (plain, fused)]
+        for one, other in zip(*reports, strict=True):
+            assert (one == other).all()
+        for name in ("ids", "unmasking_step", "unmasking_confidence"):
+            assert torch.equal(getattr(fused, name)[:12, :32], getattr(plain, name)[:12, :32]), name
+        report = reports[0]
+        ended += (report.end > 0).sum()
+        is_done = (report.decided >= np.minimum(stop, seen)) & (stop < 32)
+        starts[slots[is_done]] = stop[is_done]
+    assert (ended > 0) == bool(eos)
 
 
 def test_where_kernels_are_used():

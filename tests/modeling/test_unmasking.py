@@ -75,7 +75,9 @@ def test_policy_equals_the_slow_version(name):
 def test_every_row_with_a_mask_makes_progress(name):
     statistics, masked = random_statistics(torch.Generator().manual_seed(1))
     statistics = statistics._replace(confidence=torch.full_like(statistics.confidence, torch.nan))
-    keyword = {"count": 1} if POLICIES[name].is_scheduled else {"threshold": POLICIES[name].default}
+    keyword = {"threshold": POLICIES[name].default}
+    if POLICIES[name].is_scheduled:
+        keyword = {"count": 1, "uniform": torch.rand(masked.shape, generator=torch.Generator().manual_seed(2))}
     accepted = POLICIES[name].select(statistics, masked, **keyword)
     assert torch.equal(accepted.any(dim=1), masked.any(dim=1))
     assert not (accepted & ~masked).any()
@@ -84,7 +86,8 @@ def test_every_row_with_a_mask_makes_progress(name):
 def test_random_takes_the_count_and_every_position_alike():
     masked = torch.ones(4000, 8, dtype=torch.bool)
     masked[:, 3] = False
-    accepted = POLICIES["random"].select(None, masked, count=2, generator=torch.Generator().manual_seed(0))
+    uniform = torch.rand(masked.shape, generator=torch.Generator().manual_seed(0))
+    accepted = POLICIES["random"].select(None, masked, count=2, uniform=uniform)
     assert (accepted.sum(dim=1) == 2).all() and not accepted[:, 3].any()
     share = accepted.float().mean(dim=0)[[0, 1, 2, 4, 5, 6, 7]]
     assert (share - 2 / 7).abs().max() < 0.03

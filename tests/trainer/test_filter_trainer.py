@@ -31,10 +31,11 @@ class Teller(nn.Module):
     device = torch.device("cpu")
 
     def forward(self, input_ids, attention_mask, position_ids, logits_to_keep):
-        written = (input_ids[:, -G:] != self.config.mask_token_id).sum(dim=1).tolist()
+        starts = (input_ids == 7).sum(dim=1, keepdim=True)  # prompts are of this token, answers are not
+        places = starts + torch.arange(G)
+        written = (input_ids.gather(1, places) != self.config.mask_token_id).sum(dim=1).tolist()
         said = torch.tensor([self.script(count) for count in written])
-        start = input_ids.shape[1] - G - self.logits_shift
-        said = said[:, logits_to_keep - start]
+        said = said.gather(1, (logits_to_keep - starts + self.logits_shift).clamp(max=G - 1))
         logits = torch.nn.functional.one_hot(said, self.config.vocab_size) * 5.0
         return type("Output", (), {"logits": logits})()
 

@@ -39,6 +39,15 @@ class BidirectionalPreTrainedModel(PreTrainedModel):
     def _can_set_attn_implementation(cls):
         return True  # transformers reads the source of the model's file, and attention is called in this one
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        # `fully_shard` lays a class of PyTorch's over the model's, and transformers would save that one's code.
+        kind = type(self)
+        self.__class__ = next(each for each in kind.__mro__ if not each.__module__.startswith("torch.distributed."))
+        try:
+            super().save_pretrained(*args, **kwargs)
+        finally:
+            self.__class__ = kind
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -121,15 +130,24 @@ def attention(
     """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim), and the
     `RotaryTables`. Returns what is to be projected back, and the weights if the implementation knows them."""
     query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
+    rows = None
     if isinstance(past_key_values, BlockCache) and query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value):
-        *kept, slots = past_key_values.of_layer(module.layer_idx, key)
-        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, slots)
-        key, value = past_key_values.seen(module.layer_idx)
+        cache = past_key_values
+        rows = None if isinstance(cache.rows, slice) else cache.rows
+        kept = cache.of_layer(module.layer_idx, key)
+        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, rows, cache.columns)
+        if suits_fused_attention(module, query, attention_mask):
+            key, value = (each[:, :, : cache.seen] for each in kept)
+        else:
+            rows, (key, value) = None, cache.read(module.layer_idx)
     else:
         query, key = rotate(query, key, tables.cos, tables.sin)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, module.layer_idx)
-    mixed, weights = attend(module, query, key, value, attention_mask, module.head_dim**-0.5, **kwargs)
+    scaling = module.head_dim**-0.5
+    if rows is not None:
+        return fused_attention(query, key, value, attention_mask, scaling, rows).flatten(2), None
+    mixed, weights = attend(module, query, key, value, attention_mask, scaling, **kwargs)
     return mixed.flatten(2), weights
 
 
@@ -145,19 +163,23 @@ def attend(
     """Attention of `query` (B, heads, Q, head_dim) to `key` and `value` (B, groups, T, head_dim), by the
     implementation that the config of `module` names. Returns (B, Q, heads, head_dim), and the weights (B, heads, Q, T)
     where that implementation knows them."""
-    implementation = module.config._attn_implementation
+    if suit_kernels(query, key, value) and suits_fused_attention(module, query, attention_mask):
+        return fused_attention(query, key, value, attention_mask, scaling), None
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, plain_attention)
+    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
+
+
+def suits_fused_attention(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
+    """Is `fused_attention` the one for these queries (B, heads, Q, head_dim) and this mask?"""
     masks = () if attention_mask is None else (attention_mask,)
-    if (
-        implementation == "sdpa"
-        and suit_kernels(query, key, value, *masks)  # first: where it is not so, a compiler need not know the lengths
+    return (
+        module.config._attn_implementation == "sdpa"
+        and suit_kernels(query, *masks)  # first: where it is not so, a compiler need not know the lengths
         and query.shape[2] <= MAX_QUERIES
         and query.shape[3] in HEAD_DIMS
         and query.dtype.itemsize == 2
         and all(mask.shape[1] == 1 and mask.stride(2) == 0 for mask in masks)
-    ):
-        return fused_attention(query, key, value, attention_mask, scaling), None
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, plain_attention)
-    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
+    )
 
 
 def plain_attention(

@@ -1,91 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Parallel decoding of masked diffusion language models behind `model.generate()`.
 
-The prompt is followed by `max_new_tokens` times `[MASK]`: the canvas. It is finished block by block, from left to
-right. One step is a forward pass, a token and a certainty for every masked position of the block, and an unmasking
-policy that decides which of them become final ("Large Language Diffusion Models", https://arxiv.org/abs/2502.09992,
-with the policies of `unmasking.py`). One loop serves every model family: a model owes it `config.mask_token_id`, a
-class attribute `logits_shift`, and a `forward` that takes `logits_to_keep`.
+The prompt is followed by `max_new_tokens` times `[MASK]`. The answer is finished block by block, from left to right.
+One step is a forward pass, a token and a certainty for every masked position of the block, and an unmasking policy
+that decides which of them become final ("Large Language Diffusion Models", https://arxiv.org/abs/2502.09992, with the
+policies of `unmasking.py`). One loop, that of `decoding_loop.py`, serves every model family and every way to call it:
+a model owes it `config.mask_token_id`, a class attribute `logits_shift`, and a `forward` that takes `logits_to_keep`.
 """
 
 import copy
-import itertools
-import math
 import os
-from collections.abc import Mapping
-from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    MaxTimeCriteria,
+    PreTrainedTokenizerBase,
+    StopStringCriteria,
+)
 from transformers.generation import BaseStreamer, LogitsProcessorList, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import cached_file, logging
 
-from .canvas import Canvas, Layout
-from .captured_step import PROMPT_BUCKET, captured_steps
-from .generation_config_diffusion import (
-    DEFAULT_MAX_NEW_TOKENS,
-    DEFAULTS,
-    SAMPLING_FIELDS,
-    DiffusionGenerationConfig,
-    refuse_argument,
-    require,
+from .block_schedule import BlockSchedule
+from .canvas import taken_apart
+from .captured_step import prepare_captured_steps
+from .decoding_loop import DecodingLoop, Prompt
+from .draws import draw_seed
+from .generation_batch import BatchGenerationMixin
+from .generation_config_diffusion import DEFAULTS, DiffusionGenerationConfig, refuse_argument, require
+from .generation_inputs import (
+    answer_length,
+    arguments_of_peft,
+    check_adapter,
+    check_inputs,
+    check_objects,
+    find_filter,
 )
-from .logits_processing import check_processors, is_positionwise, process
-from .token_statistics import token_statistics
-from .unmasking import POLICIES, SCHEDULES
+from .generation_outputs import DiffusionGenerationOutput, warn_of_broken_rows
+from .logits_processing import check_processors, is_positionwise, process_columns, process_positions
+from .stopping import ends_by_strings, ends_in_step, merge_ends, padded_view
+from .unmasking import POLICIES
 from .unmasking_filter import SUBFOLDER, UnmaskingFilter
 
 logger = logging.get_logger(__name__)
 
-LEAVING_SHARE = 0.25  # ended rows leave the batch before a block once they are so many of it
-STEP_FIELDS = ("unmasking", "unmasking_temperature", "do_sample")  # what a step depends on beside these:
+DEFAULT_BATCH_SIZE = 64  # of generate_batch()
 
 
-class Span(NamedTuple):
-    """What of a canvas a pass computes: all of it before `size`, or, from `before` positions before the block on,
-    `size` positions. It attends to everything before `seen`."""
-
-    before: int | None
-    size: int
-    seen: int
-
-
-@dataclass
-class DiffusionGenerationOutput(ModelOutput):
-    """What `generate(return_dict_in_generate=True)` returns, for B rows, prompts of P and answers of G tokens.
-
-    Args:
-        sequences (`torch.LongTensor` of shape `(B, P + G)`): prompts and answers.
-        num_forward_passes (`torch.LongTensor` of shape `(B,)`): NFE. A pass counts for a row if the row's current
-            block still held a mask.
-        tokens_per_forward (`torch.FloatTensor` of shape `(B,)`): TPF: tokens of the answer up to and including the
-            first end-of-text, over the NFE.
-        unmasking_step (`torch.LongTensor` of shape `(B, G)`): the row's pass (0, 1, ...) after which each position was
-            written, -1 if never.
-        unmasking_confidence (`torch.FloatTensor` of shape `(B, G)`): probability of the token when it was written, 0
-            if never.
-    """
-
-    sequences: torch.LongTensor | None = None
-    num_forward_passes: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    unmasking_step: torch.LongTensor | None = None
-    unmasking_confidence: torch.FloatTensor | None = None
-
-    @property
-    def num_tokens(self) -> torch.LongTensor:
-        """Tokens of each answer up to and including the first end-of-text, (B,)."""
-        return (self.tokens_per_forward * self.num_forward_passes).round().long()  # type: ignore[operator]
-
-
-class DiffusionGenerationMixin(GenerationMixin):
+class DiffusionGenerationMixin(BatchGenerationMixin):
     """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
     `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream)."""
 
@@ -104,33 +73,42 @@ class DiffusionGenerationMixin(GenerationMixin):
         from_auto_class: Any,
         from_pipeline: Any,
         pretrained_model_name_or_path: str | os.PathLike | None,
-        *args: Any,
+        cache_dir: Any = None,
+        force_download: bool = False,
+        proxies: Any = None,
+        local_files_only: bool = False,
+        token: Any = None,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        trust_remote_code: Any = None,
         **kwargs: Any,
     ) -> None:
         # transformers would load a plain GenerationConfig here and lose our fields.
-        names = "cache_dir force_download proxies local_files_only token revision subfolder trust_remote_code".split()
-        repository = {**dict(zip(names, args, strict=False)), **kwargs}
-        repository.pop("trust_remote_code", None)
+        repository = {
+            "cache_dir": cache_dir, "force_download": force_download, "proxies": proxies,
+            "local_files_only": local_files_only, "token": token, "revision": revision, **kwargs,
+        }  # fmt: skip
         if generation_config is not None:
             self.generation_config = DiffusionGenerationConfig(**generation_config.to_dict())
         elif pretrained_model_name_or_path is not None:
             try:
                 self.generation_config = DiffusionGenerationConfig.from_pretrained(
-                    pretrained_model_name_or_path, **repository
+                    pretrained_model_name_or_path, subfolder=subfolder or "", **repository
                 )
             except OSError:
                 logger.info("No generation_config.json: decoding by the defaults and the token ids of the model.")
-        if pretrained_model_name_or_path is not None:
-            folder = "/".join(filter(None, (repository.pop("subfolder", None), SUBFOLDER)))
-            try:
-                cached_file(pretrained_model_name_or_path, f"{folder}/config.json", **repository)
-            except OSError:
-                if getattr(self.generation_config, "unmasking", None) == "learned_filter":
-                    logger.warning(f"The checkpoint decodes by a learned filter, but none was found in `{folder}`.")
-                return
-            self.set_unmasking_filter(
-                UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
-            )
+        if pretrained_model_name_or_path is None:
+            return
+        folder = "/".join(filter(None, (subfolder, SUBFOLDER)))
+        try:
+            cached_file(pretrained_model_name_or_path, f"{folder}/config.json", **repository)
+        except OSError:
+            if getattr(self.generation_config, "unmasking", None) == "learned_filter":
+                logger.warning(f"The checkpoint decodes by a learned filter, but none was found in `{folder}`.")
+            return
+        self.set_unmasking_filter(
+            UnmaskingFilter.from_pretrained(pretrained_model_name_or_path, subfolder=folder, **repository)
+        )
 
     def set_unmasking_filter(self, unmasking_filter: UnmaskingFilter | None) -> None:
         """Decode by this filter where `unmasking="learned_filter"`, and save it along with the model."""
@@ -140,15 +118,34 @@ class DiffusionGenerationMixin(GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         if self.unmasking_filter is not None and kwargs.get("push_to_hub"):
             raise ValueError("`push_to_hub=True` would leave the filter behind: call `model.push_to_hub()` instead.")
-        # `fully_shard` lays a class of PyTorch's over the model's, and transformers would save that one's code.
-        kind = type(self)
-        self.__class__ = next(each for each in kind.__mro__ if not each.__module__.startswith("torch.distributed."))
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.__class__ = kind
+        super().save_pretrained(save_directory, *args, **kwargs)
         if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
             self.unmasking_filter.save_pretrained(Path(save_directory) / SUBFOLDER)
+
+    # --- settings ----------------------------------------------------------------------------------------------------
+
+    def resolve_generation_config(
+        self,
+        generation_config: GenerationConfig | None = None,
+        unmasking_filter: UnmaskingFilter | None = None,
+        **kwargs: Any,
+    ) -> DiffusionGenerationConfig:
+        """The complete configuration that `generate()` goes by with these arguments: those of the call over
+        `generation_config` over the checkpoint's over the defaults; a policy's threshold is its default where none is
+        given for it. `steps` and `max_new_tokens` may be None where they depend on the prompt.
+
+        Raises:
+            ValueError: as `generate()` does, naming the argument, its value and what is allowed.
+        """
+        config, others = self._prepare_generation_config(generation_config, **kwargs)
+        config.check(self.config.vocab_size)
+        for name, value in others.items():
+            if value is not None:
+                refuse_argument(name)
+        find_filter(self, config, unmasking_filter)
+        if config.threshold is None:
+            config.threshold = POLICIES[config.unmasking].default
+        return config
 
     def _prepare_generation_config(self, generation_config=None, **kwargs):
         """Arguments over `generation_config` over the checkpoint's configuration over the defaults. Returns the
@@ -176,127 +173,7 @@ class DiffusionGenerationMixin(GenerationMixin):
         settings.update({name: defaults.get(name) for name, value in arguments.items() if value is None})
         return DiffusionGenerationConfig(**settings), {k: v for k, v in kwargs.items() if k not in fields}
 
-    def _check_config(self, config, model_kwargs):
-        """Refuse what diffusion decoding cannot do, and arguments that it does not have."""
-        config.check(self.config.vocab_size)
-        for name, value in model_kwargs.items():
-            if name not in ("input_ids", "attention_mask") and value is not None:
-                refuse_argument(name)
-
-    def _check_inputs(self, inputs, config, model_kwargs):
-        """Validate and return `input_ids` and `attention_mask`, both (B, P); None for a mask that hides nothing."""
-        input_ids, attention_mask = model_kwargs.get("input_ids"), model_kwargs.get("attention_mask")
-        # Without a prompt the answer follows the beginning of text, as everywhere in transformers.
-        is_empty = inputs is None and input_ids is None and config.bos_token_id is not None
-        if not is_empty and (inputs is None) == (input_ids is None):
-            raise ValueError(
-                "Exactly one of `inputs` and `input_ids` must be given, token ids of shape (B, P); or neither, if "
-                "`bos_token_id` is set."
-            )
-        input_ids = inputs if input_ids is None else input_ids
-        if is_empty:
-            input_ids = torch.tensor([[config.bos_token_id]], device=self.device)
-        if isinstance(input_ids, Mapping) or hasattr(input_ids, "input_ids"):
-            raise ValueError(
-                f"`inputs` is a {type(input_ids).__name__}, as tokenizers return it: it must be unpacked, "
-                f"`generate(**inputs)`."
-            )
-        is_tensor = isinstance(input_ids, torch.Tensor)
-        if not is_tensor or input_ids.ndim != 2 or input_ids.dtype not in (torch.long, torch.int):
-            got = f"{input_ids.dtype} of {tuple(input_ids.shape)}" if is_tensor else type(input_ids).__name__
-            raise ValueError(f"`input_ids` must be an integer tensor of shape (B, P), but got {got}.")
-        input_ids = input_ids.long()
-        vocab_size = self.config.vocab_size
-        if ((input_ids < 0) | (input_ids >= vocab_size)).any():
-            low, high = input_ids.min().item(), input_ids.max().item()
-            raise ValueError(f"`input_ids` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
-        if attention_mask is not None:
-            if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-                got = tuple(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__
-                shape = tuple(input_ids.shape)
-                raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shape}, but got {got}.")
-            if ((attention_mask != 0) & (attention_mask != 1)).any():
-                raise ValueError("`attention_mask` holds other values than 0 (padding) and 1: only those are allowed.")
-            attention_mask = attention_mask.to(input_ids)
-            if (attention_mask.diff(dim=1) < 0).any():
-                raise ValueError(
-                    "`attention_mask` has zeros behind ones: prompts must be padded on the left "
-                    '(`padding_side="left"` in the tokenizer).'
-                )
-            if attention_mask.all():
-                attention_mask = None
-        real = input_ids != config.mask_token_id
-        if not (real if attention_mask is None else real | (attention_mask == 0)).all():
-            raise ValueError(
-                f"`input_ids` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK]."
-            )
-        last_column = torch.ones_like(input_ids[:, -1:]) if attention_mask is None else attention_mask[:, -1:]
-        if self.logits_shift and (input_ids.shape[1] == 0 or not last_column.all()):
-            raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
-        return input_ids, attention_mask
-
-    def _check_adapter(self):
-        """Refuse adapters that count on tokens coming one after the other: a learned prompt, which peft hands to
-        `prepare_inputs_for_generation`, and aLoRA, which counts positions from the end of the text."""
-        adapted = getattr(vars(self).get("prepare_inputs_for_generation"), "__self__", None)
-        adapter = getattr(adapted, "active_peft_config", None)
-        has_prompt = adapter is not None and adapter.is_prompt_learning
-        if has_prompt or "alora_offsets" in self._arguments_of_peft():
-            kind = adapter.peft_type.value if has_prompt else "aLoRA"
-            raise ValueError(
-                f"The adapter is of the kind {kind}, which `generate()` does not support: it must be one that changes "
-                f"weights in all positions, such as LoRA."
-            )
-
-    def _arguments_of_peft(self) -> set[str]:
-        """What peft gives to each of its layers during this call, by hooks: `adapter_names`, for example."""
-        hooks = (hook for module in self.modules() for hook in module._forward_pre_hooks.values())
-        return {name for hook in hooks if isinstance(hook, partial) for name in hook.keywords}
-
-    @staticmethod
-    def _check_objects(logits_processor, stopping_criteria, streamer, generator):
-        """Refuse what is not of the kind that is wanted."""
-        for name, value in (("logits_processor", logits_processor), ("stopping_criteria", stopping_criteria)):
-            ok = value is None or (isinstance(value, (list, tuple)) and all(map(callable, value)))
-            require(ok, name, value, "a list of callables")
-        ok = streamer is None or (hasattr(streamer, "put") and hasattr(streamer, "end"))
-        require(ok, "streamer", streamer, "an object with `put` and `end`")
-        ok = generator is None or isinstance(generator, torch.Generator)
-        require(ok, "generator", generator, "a torch.Generator on the device of `input_ids`")
-
-    def _check_filter(self, unmasking_filter, config, device):
-        """The filter to decode by, on the device, or None."""
-        if config.unmasking != "learned_filter":
-            allowed = f"left out with `unmasking={config.unmasking!r}`, which has no filter"
-            require(unmasking_filter is None, "unmasking_filter", unmasking_filter, allowed)
-            return None
-        if unmasking_filter is None:
-            unmasking_filter = self.unmasking_filter
-        # Not by its class: that of remote code is another one.
-        ok = getattr(getattr(unmasking_filter, "config", None), "model_type", None) == "unmasking_filter"
-        allowed = "an UnmaskingFilter with `unmasking='learned_filter'`, as the checkpoint has none of its own"
-        require(ok, "unmasking_filter", unmasking_filter, allowed)
-        length = unmasking_filter.config.block_length
-        allowed = f"{length}, as the filter was trained for blocks of that length"
-        require(config.block_length == length, "block_length", config.block_length, allowed)
-        return unmasking_filter.to(device, torch.float32).eval()
-
-    def _set_length(self, config, prompt_length):
-        """Settle `max_new_tokens` and `max_length` (prompt and answer together) for this prompt length."""
-        limit = getattr(self.config, "max_position_embeddings", None) or math.inf
-        if config.max_new_tokens is None:
-            if config.max_length is None:
-                config.max_new_tokens = max(min(DEFAULT_MAX_NEW_TOKENS, limit - prompt_length), 1)
-            else:
-                config.max_new_tokens = config.max_length - prompt_length
-                allowed = f"above the prompt length, {prompt_length}"
-                require(config.max_new_tokens > 0, "max_length", config.max_length, allowed)
-        config.max_length = prompt_length + config.max_new_tokens
-        if config.max_length > limit:
-            raise ValueError(
-                f"A prompt of {prompt_length} tokens and `max_new_tokens={config.max_new_tokens}` make "
-                f"{config.max_length}: together they must be at most `config.max_position_embeddings={limit}`."
-            )
+    # --- generate ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def generate(
@@ -350,270 +227,178 @@ class DiffusionGenerationMixin(GenerationMixin):
         Raises:
             ValueError: for a wrong argument or input, before any computation.
         """
-        config, model_kwargs = self._prepare_generation_config(generation_config, **kwargs)
-        self._check_config(config, model_kwargs)
-        self._check_adapter()
-        input_ids, attention_mask = self._check_inputs(inputs, config, model_kwargs)
-        self._set_length(config, input_ids.shape[1])
-        policy = POLICIES[config.unmasking]
-        for name, why in config.ignored().items():
-            if name in kwargs or getattr(generation_config, name, None) is not None:
-                logger.warning(f"`{name}` is ignored: {why}.")
-        if config.threshold is None:
-            config.threshold = policy.default
-        if config.steps is None:
-            config.steps = config.max_new_tokens
-        if synced_gpus is None:
-            synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)
-        synced_gpus = synced_gpus and dist.is_initialized() and dist.get_world_size() > 1
-        self._check_objects(logits_processor, stopping_criteria, streamer, generator)
-        check_processors(logits_processor, config.block_length)
-        unmasking_filter = self._check_filter(unmasking_filter, config, input_ids.device)
-
-        self._prepare_special_tokens(config, "attention_mask" in kwargs, input_ids.device, input_ids.shape[0])
-        input_ids, model_kwargs = self._expand_inputs_for_generation(
-            expand_size=config.num_return_sequences or 1, input_ids=input_ids, attention_mask=attention_mask
+        given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask")}
+        config = self.resolve_generation_config(generation_config, unmasking_filter, **kwargs)
+        _warn_of_ignored(config, generation_config, kwargs)
+        input_ids, mask = (each.to(self.device) for each in check_inputs(self, config, inputs, **given))
+        config.max_new_tokens = answer_length(self, config, input_ids.shape[1])
+        config.max_length = input_ids.shape[1] + config.max_new_tokens
+        check_objects(logits_processor, stopping_criteria, streamer, generator)
+        self._prepare_special_tokens(config, given["attention_mask"] is not None, input_ids.device, len(input_ids))
+        input_ids, others = self._expand_inputs_for_generation(
+            expand_size=config.num_return_sequences or 1, input_ids=input_ids, attention_mask=mask
         )
-        attention_mask = model_kwargs["attention_mask"]
-        if streamer is not None and input_ids.shape[0] != 1:
-            raise ValueError(f"`streamer` needs a batch of 1, but `input_ids` has {input_ids.shape[0]} rows.")
-        criteria = self._diffusion_stopping_criteria(config, stopping_criteria, tokenizer)
-        if config._pad_token_tensor is None and criteria:
-            raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")
-        processors, warpers = self._diffusion_logits_processors(config, logits_processor, input_ids, attention_mask)
-
+        mask = others["attention_mask"]
+        if streamer is not None and len(input_ids) != 1:
+            raise ValueError(f"`streamer` needs a batch of 1, but `input_ids` has {len(input_ids)} rows.")
+        processors = self._processors(config, logits_processor, input_ids.shape[1], config.max_length, mask)
+        criteria, strings, clocks = self._criteria(config, stopping_criteria, tokenizer)
+        given_by_peft = arguments_of_peft(self)
+        check_adapter(self, given_by_peft)
+        has_own_adapters = "adapter_names" in given_by_peft
+        # What a user gave may count on the rows that it was given with, as adapters do of which each row has its own.
+        is_in_step = bool(criteria) or not is_positionwise(processors) or has_own_adapters
+        process = stop = None
+        if is_positionwise(processors):
+            process = partial(_process_positions, processors) if processors else None
+        else:
+            # Padding is no text: show what is no text either, and whose logits do not count.
+            process = partial(_process_in_step, processors, input_ids.masked_fill(mask == 0, config.mask_token_id))
+        if criteria:
+            stop = partial(ends_in_step, criteria, prompts=input_ids)
+        decode, wait = self._decoder(
+            config, is_in_step=is_in_step, slots=len(input_ids), width=config.max_length, process=process, stop=stop,
+            strings=strings, clocks=clocks, streamer=streamer, synced_gpus=synced_gpus, generator=generator,
+            unmasking_filter=unmasking_filter, has_processors=bool(processors),
+        )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        # Whatever is handed in from outside may change from step to step.
-        is_drawn = config.do_sample or (
-            policy.is_scheduled
-            and (config.unmasking == "random" or config.schedule == "ancestral" or config.unmasking_temperature)
-        )
-        is_fixed = not (config.disable_compile or synced_gpus or processors or (generator is not None and is_drawn))
-        steps = captured_steps(self) if is_fixed else None
-        batch_size, prompt_length = input_ids.shape
-        padding = 0 if steps is None else -prompt_length % PROMPT_BUCKET
-        eos = () if config._eos_token_tensor is None or not config.stop_at_eos else config._eos_token_tensor.tolist()
-        layout = Layout(
-            batch_size, prompt_length + padding, config.max_new_tokens, attention_mask is not None or padding > 0,
-            config.block_cache != "none",
-            config.mask_token_id, tuple(eos), config.eos_threshold, input_ids.device,
-        )  # fmt: skip
-        canvas = Canvas(layout) if steps is None else steps.borrow(layout)
-        canvas.load(input_ids, attention_mask)
-        with torch.cuda.device(input_ids.device) if input_ids.is_cuda else nullcontext():
-            canvas = self._decode(
-                canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator,
-                unmasking_filter,
-            )  # fmt: skip
-        while self._has_unfinished_sequences(True, synced_gpus, input_ids.device):
-            self(input_ids=canvas.ids[:, -1:])  # only so that the other processes can gather their weights
+        lengths, rows = mask.sum(dim=1).tolist(), input_ids.tolist()
+        prompts = [
+            Prompt(i, row[len(row) - length :], config.max_new_tokens)
+            for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+        ]
+        output = self._collect(decode(prompts), input_ids, config)
+        wait(is_done=True)
         if streamer is not None:
             streamer.end()
-        output = self._finish(canvas, config)
-        if steps is not None:
-            steps.give_back(canvas)
-        return output
+        return output if config.return_dict_in_generate else output.sequences
 
-    def _diffusion_stopping_criteria(self, config, stopping_criteria, tokenizer):
-        config = copy.copy(config)  # length and end-of-text are the loop's own matter
-        config.max_length = config._eos_token_tensor = None
-        return self._get_stopping_criteria(config, StoppingCriteriaList(stopping_criteria or []), tokenizer)
-
-    def _diffusion_logits_processors(self, config, logits_processor, input_ids, attention_mask):
-        """Those that shape the distribution, whose certainty counts, apart from those that only shape the sampling."""
-        common = {"input_ids_seq_length": input_ids.shape[1], "device": input_ids.device}
-        processors = copy.copy(config)
-        processors.do_sample = False
-        processors = self._get_logits_processor(
-            processors,
-            logits_processor=LogitsProcessorList(logits_processor or []),
-            model_kwargs={"attention_mask": attention_mask},
-            **common,
-        )
-        if not config.do_sample:
-            return processors, None
-        sampling = GenerationConfig(do_sample=True, **{name: getattr(config, name) for name in SAMPLING_FIELDS})
-        return processors, self._get_logits_processor(sampling, **common)
-
-    def _decode(
-        self, canvas, steps, config, processors, warpers, criteria, streamer, synced_gpus, generator, unmasking_filter
-    ):
-        """The loop. See the module's docstring. Returns the canvas that holds all rows."""
-        clocks = [criterion for criterion in criteria if isinstance(criterion, MaxTimeCriteria)]
-        criteria = StoppingCriteriaList(criterion for criterion in criteria if criterion not in clocks)
-        finished, reach, streamed = [0] * canvas.layout.batch_size, canvas.length, 0
-        # What a user gave may count on the rows that it was given with, as adapters do of which each row has its own.
-        has_own_adapters = "adapter_names" in self._arguments_of_peft()
-        rows_may_leave = not criteria and is_positionwise(processors) and not has_own_adapters
-        tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
-        fixed = (  # what steps depend on, beside the span and the block's length
-            *(tensor.data_ptr() for tensor in tensors),
-            *(getattr(config, name) for name in STEP_FIELDS + SAMPLING_FIELDS),
-        )
-        for block, settings in self._blocks(config, generator):
-            if rows_may_leave and not all(finished):
-                canvas, finished = self._without_ended_rows(canvas, steps, finished)
-            canvas.enter(block)
-            is_open, passes = not all(finished), itertools.count()
-            while is_open:
-                self._has_unfinished_sequences(False, synced_gpus, canvas.ids.device)
-                if steps is not None:  # few lengths, so that graphs are found again
-                    reach = min(-(-reach // config.block_length) * config.block_length, canvas.length)
-                reach = max(reach, block.stop)
-                span = self._span(config, canvas.prompt_length, block, reach, next(passes))
-                canvas.setting.fill_(next(settings))
-                step = partial(self._step, canvas, span, config, processors, warpers, generator, unmasking_filter)
-                if steps is None:
-                    step()
-                else:
-                    steps.run(canvas, (span, canvas.block_length, *fixed), step)
-                is_open, finished, decided, reach = canvas.look()
-                is_late = any(clock(torch.empty(1, 0), None).any() for clock in clocks)
-                if is_late:
-                    canvas.finish(canvas.end.new_tensor(decided))
-                if criteria and (is_late or not is_open):
-                    self._finish_by_criteria(canvas, block, criteria)
-                if is_late or (criteria and not is_open):
-                    canvas.observe()
-                    is_open, finished, decided, reach = canvas.look()
-                if streamer is not None:
-                    hold_back = bool(criteria) and is_open  # a criterion may still cut inside the block
-                    stop = block.start if hold_back else decided[0]
-                    if stop > streamed:
-                        streamer.put(canvas.answer[0, streamed:stop].cpu())
-                        streamed = stop
-                    if hasattr(streamer, "put_draft") and not finished[0] and streamed < block.stop:
-                        streamer.put_draft(value=canvas.answer[0, streamed : block.stop].cpu())
-        while canvas.parent is not None:
-            parent = canvas.reunite()
-            if steps is not None:
-                steps.give_back(canvas)
-            canvas = parent
-        return canvas
-
-    def _without_ended_rows(self, canvas, steps, finished):
-        """Go on with a smaller canvas if enough rows have ended (a list of bool) for that to pay. Returns the canvas
-        and which of its rows have ended."""
-        size = staying = len(finished) - sum(finished)
-        if steps is not None:
-            size = 2 ** (staying - 1).bit_length()  # few sizes, so that graphs are found again; ended rows fill it
-        if size > (1 - LEAVING_SHARE) * len(finished):
-            return canvas, finished
-        rows = sorted(range(len(finished)), key=lambda row: finished[row])[:size]
-        layout = canvas.layout._replace(batch_size=size)
-        smaller = Canvas(layout) if steps is None else steps.borrow(layout)
-        smaller.take_rows(canvas, torch.tensor(rows, device=canvas.ids.device))
-        if steps is None:
-            canvas.cache = None
-        return smaller, [finished[row] for row in rows]
-
-    def _blocks(self, config, generator):
-        """Each block of the answer, with the policy's number for each of its steps."""
-        policy, length = POLICIES[config.unmasking], config.block_length
-        starts = range(0, config.max_new_tokens, length)
-        for i, start in enumerate(starts):
-            block = slice(start, min(start + length, config.max_new_tokens))
-            if policy.is_scheduled:
-                steps = max(config.steps // len(starts) + (i < config.steps % len(starts)), 1)
-                counts = SCHEDULES[config.schedule](block.stop - start, steps, eps=config.eps, generator=generator)
-                yield block, iter(counts)
-            else:
-                yield block, itertools.repeat(config.threshold)
-
-    def _span(self, config, prompt_length, block, reach, number):
-        """What a block's pass of this number (0, 1, ...) computes anew."""
-        seen, interval = prompt_length + reach, config.cache_refresh_interval
-        whole = Span(None, seen, seen)
-        if config.block_cache == "none" or (interval and number % interval == 0):
-            return whole
-        before = self.logits_shift  # from where the block's first token is predicted
-        if number == 0:
-            if block.start == 0 or config.cache_refresh == "full":
-                return whole
-            before += config.block_length
-        stop = block.stop if config.block_cache == "dual" else reach
-        return Span(before, stop - block.start + before, seen)
-
-    def _step(self, canvas, span, config, processors, warpers, generator, unmasking_filter):
-        """One pass, and what the policy writes after it. Nothing here waits for the device, and what changes from step
-        to step is in the canvas: see `captured_step.py`."""
-        policy = POLICIES[config.unmasking]
-        logits = self._block_logits(canvas, span, processors)
-        statistics = token_statistics(logits, config.mask_token_id, warpers, generator)
-        number = {"threshold": canvas.setting}
-        if policy.is_scheduled:
-            number = {"count": canvas.setting, "temperature": config.unmasking_temperature}
-        undecided = canvas.undecided[:, canvas.block]
-        if unmasking_filter is not None:
-            statistics = statistics._replace(finality=unmasking_filter.finality(statistics, undecided))
-        canvas.write(statistics, policy.select(statistics, undecided, generator=generator, **number))
-
-    def _block_logits(self, canvas, span, processors):
-        """Logits (B, K, V) that predict the block's positions, from a pass over a span of the canvas."""
-        start = canvas.prompt_length + canvas.block_start
-        predicting = canvas.offsets[: canvas.block_length] - self.logits_shift
-        if span.before is None:
-            columns, predicting = slice(span.size), start + predicting
-        else:
-            columns, predicting = start - span.before + canvas.offsets[: span.size], span.before + predicting
-        positions = canvas.offsets[None] if canvas.position_ids is None else canvas.position_ids
-        arguments = {}
-        if canvas.cache is not None:
-            arguments["past_key_values"] = canvas.cache.place(None if span.before is None else columns, span.seen)
-        logits = self(
-            input_ids=canvas.ids[:, columns],
-            attention_mask=None if canvas.attention_mask is None else canvas.attention_mask[:, : span.seen],
-            position_ids=positions[:, columns],
-            logits_to_keep=predicting,
-            **arguments,
-        ).logits
-        if canvas.cache is not None and not canvas.cache.keys:
-            raise ValueError(
-                f"`block_cache` needs a model that keeps `past_key_values`: {type(self).__name__} does not."
-            )
-        if is_positionwise(processors):
-            return process(processors, logits, None, 0)
-        ids, first = canvas.ids, canvas.prompt_length + int(canvas.block_start)
-        if canvas.position_ids is not None:
-            # Padding is no text: show what is no text either, and whose logit does not count.
-            ids = ids.masked_fill(canvas.attention_mask == 0, canvas.layout.mask_token_id)
-        return process(processors, logits, ids, first)
-
-    def _finish_by_criteria(self, canvas, block, criteria):
-        """End the rows for which a criterion holds, at the first length inside the complete block at which it does."""
-        end = canvas.end.new_full(canvas.end.shape, canvas.length + 1)
-        for length in range(block.start + 1, block.stop + 1):
-            stops = criteria(canvas.ids[:, canvas.padding : canvas.prompt_length + length], None).to(end.device)
-            end = torch.where(stops & (end > length) & (canvas.end >= length), length, end)
-        canvas.finish(end)
-
-    def _finish(self, canvas, config):
-        """Pad what is behind the end of each row, and make the output. It shares nothing with the canvas, which may be
-        used again."""
+    def _collect(self, answers, input_ids, config):
+        """The output of `generate()` for these prompts, from the answers as they come."""
+        count, length, device = len(input_ids), config.max_new_tokens, input_ids.device
+        ids = torch.full((count, length), config.mask_token_id, device=device)
+        steps, confidences = torch.full_like(ids, -1), torch.zeros(count, length, device=device)
+        ends, passes = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        offsets = torch.arange(length, device=device)
+        for part in answers:
+            rows = torch.from_numpy(part.requests).to(device)
+            columns = torch.from_numpy(part.prompt_lengths).to(device)[:, None] + offsets
+            parts = taken_apart(part.state)
+            for whole, found in zip((ids, steps, confidences), parts, strict=True):
+                whole[rows] = found.gather(1, columns)
+            ends[part.requests], passes[part.requests] = part.ends - part.prompt_lengths, part.passes
+        end, num_passes = torch.from_numpy(ends).to(device), torch.from_numpy(passes).to(device)
         pad = config._pad_token_tensor
         if pad is not None:
-            behind = canvas.offsets[: canvas.length] >= canvas.end[:, None]
-            canvas.answer.copy_(torch.where(behind, pad, canvas.answer))
-        is_broken = canvas.unmasking_confidence.isnan().any(dim=1)
-        if is_broken.any():
-            logger.warning(
-                f"The logits of the rows {is_broken.nonzero().flatten().tolist()} were not numbers (NaN), so their "
-                f"answers mean nothing: the weights may be broken, or float16 too small for this model; load it with "
-                f"dtype=torch.bfloat16 or torch.float32."
-            )
-        sequences = canvas.ids[:, canvas.padding :].clone()
-        if not config.return_dict_in_generate:
-            return sequences
-        length = canvas.end
+            ids = torch.where(offsets >= end[:, None], pad, ids)
+        warn_of_broken_rows(confidences.isnan().any(dim=1).nonzero().flatten().tolist())
         if config._eos_token_tensor is not None:
-            is_eos = torch.isin(canvas.answer, config._eos_token_tensor)
-            first = torch.where(is_eos.any(dim=1), is_eos.int().argmax(dim=1) + 1, canvas.length)
-            length = torch.minimum(length, first)
+            is_eos = torch.isin(ids, config._eos_token_tensor)
+            first = torch.where(is_eos, offsets + 1, length)
+            end = torch.minimum(end, first.amin(dim=1))
         return DiffusionGenerationOutput(
-            sequences=sequences,
-            num_forward_passes=canvas.num_passes.clone(),
-            tokens_per_forward=length / canvas.num_passes.clamp(min=1),
-            unmasking_step=canvas.unmasking_step.clone(),
-            unmasking_confidence=canvas.unmasking_confidence.clone(),
+            sequences=torch.cat((input_ids, ids), dim=1),
+            num_forward_passes=num_passes,
+            tokens_per_forward=end / num_passes.clamp(min=1),
+            unmasking_step=steps,
+            unmasking_confidence=confidences,
         )
+
+    # --- what both are made of ---------------------------------------------------------------------------------------
+
+    def _decoder(
+        self, config, *, is_in_step, slots, width, process, stop, strings, clocks, streamer, synced_gpus, generator,
+        unmasking_filter, has_processors, device_of_answers=None,
+    ):  # fmt: skip
+        """A function from prompts to an iterator of `Answers`, and the one that waits for other processes."""
+        if config._pad_token_tensor is None and (stop or strings or clocks):
+            raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")
+        unmasking_filter = find_filter(self, config, unmasking_filter)
+        if unmasking_filter is not None:
+            unmasking_filter = unmasking_filter.to(self.device, torch.float32).eval()
+        wait = _Wait(self, synced_gpus)
+        # Whatever is handed in from outside may change from step to step.
+        is_fixed = not (config.disable_compile or wait.is_needed or has_processors)
+        steps = prepare_captured_steps(self) if is_fixed else None
+        seed = draw_seed(generator)
+        schedule = BlockSchedule(
+            logits_shift=self.logits_shift, seed=seed, is_in_step=is_in_step,
+            **{
+                name: getattr(config, name)
+                for name in (
+                    "block_length", "block_cache", "cache_refresh", "cache_refresh_interval", "unmasking", "schedule",
+                    "steps", "eps",
+                )
+            },
+        )  # fmt: skip
+        eos = () if config._eos_token_tensor is None or not config.stop_at_eos else config._eos_token_tensor.tolist()
+        parts = [*([stop] if stop else []), *(partial(ends_by_strings, each) for each in strings)]
+
+        def decode(prompts):
+            loop = DecodingLoop(
+                self, config, schedule, slots=slots, width=width, seed=seed, eos=tuple(eos), device=self.device,
+                steps=steps, unmasking_filter=unmasking_filter, process=process,
+                stop=merge_ends(*parts) if parts else None, clocks=clocks, streamer=streamer, wait=wait,
+                device_of_answers=device_of_answers,
+            )  # fmt: skip
+            return loop.run(prompts)
+
+        return decode, wait
+
+    def _criteria(self, config, stopping_criteria, tokenizer):
+        """A user's stopping criteria, those for strings, and the clocks. Length and end-of-text are the loop's own
+        matter."""
+        config = copy.copy(config)
+        config.max_length = config._eos_token_tensor = None
+        found = self._get_stopping_criteria(config, StoppingCriteriaList(stopping_criteria or []), tokenizer)
+        clocks = [each for each in found if isinstance(each, MaxTimeCriteria)]
+        strings = [each for each in found if type(each) is StopStringCriteria]
+        return StoppingCriteriaList(each for each in found if each not in clocks + strings), strings, clocks
+
+    def _processors(self, config, logits_processor, prompt_length, max_length, attention_mask=None):
+        """Those that shape the distribution whose certainty counts, for a prompt of this length; not those that only
+        shape the sampling."""
+        check_processors(logits_processor, config.block_length)
+        config = copy.copy(config)
+        config.do_sample, config.max_length = False, max_length
+        return self._get_logits_processor(
+            config,
+            input_ids_seq_length=prompt_length,
+            logits_processor=LogitsProcessorList(logits_processor or []),
+            model_kwargs={"attention_mask": attention_mask},
+            device=self.device,
+        )
+
+
+class _Wait:
+    """Keeps processes together that must make every pass together (ZeRO-3, FSDP): called before each pass, and at the
+    end until all are done."""
+
+    def __init__(self, model, synced_gpus):
+        if synced_gpus is None:
+            synced_gpus = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+        self.is_needed = bool(synced_gpus and dist.is_initialized() and dist.get_world_size() > 1)
+        self.model = model
+
+    def __call__(self, is_done: bool = False) -> None:
+        if self.is_needed and not is_done:
+            self.model._has_unfinished_sequences(False, True, self.model.device)
+        while self.is_needed and is_done and self.model._has_unfinished_sequences(True, True, self.model.device):
+            ids = torch.full((1, 1), self.model.config.mask_token_id, device=self.model.device)
+            self.model(input_ids=ids)  # only so that the other processes can gather their weights
+
+
+def _warn_of_ignored(config, given, arguments):
+    for name, why in config.ignored().items():
+        if name in arguments or getattr(given, name, None) is not None:
+            logger.warning(f"`{name}` is ignored: {why}.")
+
+
+def _process_positions(processors, loop, plan, logits):
+    return process_positions(processors, logits)
+
+
+def _process_in_step(processors, prompts, loop, plan, logits):
+    first = prompts.shape[1] + int(plan.start[0] - loop.rows.prompt_length[0])
+    return process_columns(processors, logits, padded_view(loop.canvas, loop.rows, prompts), first)

@@ -68,18 +68,22 @@ def is_positionwise(processors: LogitsProcessorList) -> bool:
     return all(type(processor) in POSITIONWISE for processor in processors)
 
 
-def process(processors: LogitsProcessorList, logits: torch.Tensor, ids: torch.Tensor, first: int) -> torch.Tensor:
-    """The logits (B, K, V) of a block as the processors leave them, in float32 where there are any.
+def process_positions(processors: LogitsProcessorList, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (B, K, V) as processors leave them that look at those of a position and at nothing else, in float32."""
+    return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
+
+
+def process_columns(
+    processors: LogitsProcessorList, logits: torch.Tensor, ids: torch.Tensor, first: int
+) -> torch.Tensor:
+    """The logits (B, K, V) of blocks that all begin at the same column, as processors of any kind leave them, in
+    float32.
 
     Args:
-        processors (`LogitsProcessorList`): may be empty.
-        logits (`torch.Tensor` of shape `(B, K, V)`): that predict the block's positions.
-        ids (`torch.LongTensor` of shape `(B, T)`): the canvas.
-        first (`int`): the column of `ids` where the block begins.
+        processors (`LogitsProcessorList`): called for each position with the ids to its left and its logits.
+        logits (`torch.Tensor` of shape `(B, K, V)`): that predict the blocks' positions.
+        ids (`torch.LongTensor` of shape `(B, T)`): the rows.
+        first (`int`): the column of `ids` where the blocks begin.
     """
-    if not processors:
-        return logits
-    if is_positionwise(processors):
-        return processors(None, logits.flatten(0, 1).float()).view(logits.shape)
     columns = [processors(ids[:, : first + k], logits[:, k].float()) for k in range(logits.shape[1])]
     return torch.stack(columns, dim=1)

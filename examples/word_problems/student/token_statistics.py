@@ -26,7 +26,7 @@ class TokenStatistics(NamedTuple):
 
 
 def token_statistics(
-    logits: torch.Tensor, mask_token_id: int, warpers: Callable | None = None, generator: torch.Generator | None = None
+    logits: torch.Tensor, mask_token_id: int, warpers: Callable | None = None, uniform: torch.Tensor | None = None
 ) -> TokenStatistics:
     """Choose a token for every position and measure the model's certainty.
 
@@ -39,7 +39,8 @@ def token_statistics(
         mask_token_id (`int`): id of `[MASK]`.
         warpers (callable `(ids, scores (N, V)) -> scores`, *optional*): temperature, top-k, ... of a sampled choice.
             `None` takes the likeliest token, the first one of equals.
-        generator (`torch.Generator`, *optional*): randomness of the sampled choice.
+        uniform (`torch.FloatTensor` of shape `(B, K)`, *optional*): random numbers between 0 and 1, one for each
+            sampled choice.
     """
     if warpers is None and suit_kernels(logits):
         return TokenStatistics(*fused_token_statistics(logits, mask_token_id))
@@ -51,7 +52,8 @@ def token_statistics(
     second = log_probs.scatter(-1, token[..., None], -torch.inf).amax(dim=-1)
     if warpers is not None:
         probs = warpers(None, log_probs.flatten(0, 1)).softmax(dim=-1).view_as(log_probs)
-        # A draw from them, as torch.multinomial makes it, but without its wait for the device.
-        token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(dim=-1)
+        # The first token up to which their sum is above the random share of the whole: one of probability above 0.
+        sums = probs.cumsum(dim=-1)
+        token = (sums <= uniform[..., None] * sums[..., -1:]).sum(dim=-1)  # type: ignore[index]
     confidence = log_probs.gather(-1, token[..., None])[..., 0].exp()
     return TokenStatistics(token, confidence, entropy, best.exp() - second.exp())

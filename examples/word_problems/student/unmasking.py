@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """The unmasking policies: which masked positions of the current block become final in this step.
 
-Each policy is a pure function `(statistics, masked, *, threshold, generator)`, or with `count` and `temperature` in
-place of `threshold`, that returns (B, K) bool and picks at least one masked position of every row that has one (with a
-count: that many). A new policy is one function and one line in the table at the end.
+Each policy is a pure function that returns (B, K) bool and picks at least one masked position of every row that has
+one. A thresholded one is called `(statistics, masked, *, threshold)`, a scheduled one, which picks `count` positions,
+`(statistics, masked, *, count, temperature, uniform)`. A new policy is one function and one line in the table at the
+end.
+
+Arguments: `statistics` (`TokenStatistics`); `masked` (B, K) bool; `threshold` (number or 0-d tensor); `count` (int, or
+tensor (B, 1)); `temperature` (`float`); `uniform` (B, K), random numbers between 0 and 1, for what is drawn.
 """
 
 from collections.abc import Callable
@@ -34,14 +38,14 @@ def rank(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
 
 def confidence_threshold(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """Probability of at least `threshold`, or the most confident. Fast-dLLM, https://arxiv.org/abs/2505.22618."""
     return masked & (statistics.confidence >= threshold) | best(statistics.confidence, masked)
 
 
 def confidence_factor(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """The longest run of the most confident in which the r-th has at least 1 - threshold / (r + 1); the first always
     passes. As in Fast-dLLM's code (https://arxiv.org/abs/2505.22618) a failure of the very last candidate goes
@@ -57,14 +61,14 @@ def confidence_factor(
 
 
 def entropy_threshold(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """Entropy of at most `threshold` nats, or the lowest. dParallel, https://arxiv.org/abs/2509.26488."""
     return masked & (statistics.entropy <= threshold) | best(-statistics.entropy, masked)
 
 
 def entropy_bound(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """The positions of lowest entropy, as long as the entropies *before* each add up to at most `threshold` nats.
     EB sampler, https://arxiv.org/abs/2505.24857."""
@@ -75,7 +79,7 @@ def entropy_bound(
 
 
 def learned_filter(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float, generator: torch.Generator | None = None
+    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
 ) -> torch.Tensor:
     """Final with a probability above `threshold`, by a learned filter, or the most confident. Learn2PD,
     https://arxiv.org/abs/2509.25188."""
@@ -87,13 +91,17 @@ def learned_filter(
 
 
 def most(
-    score: torch.Tensor, masked: torch.Tensor, count: int, temperature: float, generator: torch.Generator | None
+    score: torch.Tensor,
+    masked: torch.Tensor,
+    count: int | torch.Tensor,
+    temperature: float,
+    uniform: torch.Tensor | None,
 ) -> torch.Tensor:
     """The `count` masked positions of highest score. At a temperature above 0 they are drawn one after the other in
     proportion to softmax(score / temperature), as in Dream's code (`alg_temp`): noise makes the order such a draw
     (Kool et al., https://arxiv.org/abs/1903.06059)."""
     if temperature:
-        score = score / temperature - torch.empty_like(score).exponential_(generator=generator).log()
+        score = score / temperature - (-uniform.log()).log()  # type: ignore[union-attr]
     return masked & (rank(score, masked) < count)
 
 
@@ -101,48 +109,48 @@ def confidence(
     statistics: TokenStatistics,
     masked: torch.Tensor,
     *,
-    count: int,
+    count: int | torch.Tensor,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `count` most confident. LLaDA's low-confidence remasking, https://arxiv.org/abs/2502.09992."""
-    return most(statistics.confidence, masked, count, temperature, generator)
+    return most(statistics.confidence, masked, count, temperature, uniform)
 
 
 def entropy(
     statistics: TokenStatistics,
     masked: torch.Tensor,
     *,
-    count: int,
+    count: int | torch.Tensor,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `count` of lowest entropy. Dream, https://arxiv.org/abs/2508.15487."""
-    return most(-statistics.entropy, masked, count, temperature, generator)
+    return most(-statistics.entropy, masked, count, temperature, uniform)
 
 
 def margin(
     statistics: TokenStatistics,
     masked: torch.Tensor,
     *,
-    count: int,
+    count: int | torch.Tensor,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The `count` of largest margin between the two best tokens. Dream, https://arxiv.org/abs/2508.15487."""
-    return most(statistics.margin, masked, count, temperature, generator)
+    return most(statistics.margin, masked, count, temperature, uniform)
 
 
 def random(
     statistics: TokenStatistics,
     masked: torch.Tensor,
     *,
-    count: int,
+    count: int | torch.Tensor,
     temperature: float = 0.0,
-    generator: torch.Generator | None = None,
+    uniform: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Any `count`, uniformly."""
-    return most(torch.rand(masked.shape, device=masked.device, generator=generator), masked, count, 0.0, None)
+    return most(uniform, masked, count, 0.0, None)  # type: ignore[arg-type]
 
 
 def even_schedule(
@@ -176,8 +184,7 @@ def ancestral_schedule(
     masks: int, steps: int, *, eps: float = 1e-3, generator: torch.Generator | None = None
 ) -> list[int]:
     """Each step writes each position with its share as the probability: with `unmasking="random"` this is the reverse
-    process of masked diffusion, Dream's `origin`. Rows of a batch share the numbers. Dream,
-    https://arxiv.org/abs/2508.15487."""
+    process of masked diffusion, Dream's `origin`. Dream, https://arxiv.org/abs/2508.15487."""
     counts = []
     for share in _shares(steps, eps):
         draws = torch.rand(masks, generator=generator, device=None if generator is None else generator.device)

@@ -107,6 +107,7 @@ class UnmaskingFilter(PreTrainedModel):
         masked: torch.Tensor | None = None,
         token: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        exists: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The logits of "is final".
 
@@ -116,6 +117,7 @@ class UnmaskingFilter(PreTrainedModel):
                 Only those among the features are needed. K is `block_length` or less.
             labels (`torch.FloatTensor` of shape `(B, K)`, *optional*): is it final? Asks for the loss, the mean binary
                 cross-entropy over masked positions; those that are written are final, and not asked for.
+            exists (`torch.BoolTensor` of shape `(B, K)`, *optional*): which positions a row has, if not all.
 
         Returns:
             dict with `logits` (B, K), and `loss` if there are labels.
@@ -129,10 +131,12 @@ class UnmaskingFilter(PreTrainedModel):
         found["log_odds"] = torch.logit(confidence.float()).clamp(-MAX_LOG_ODDS, MAX_LOG_ODDS) / MAX_LOG_ODDS
         if self.config.reads_tokens:
             found |= {name: getattr(self, name)[token] for name in ("punctuation", "digit")}
-        columns = [
-            nn.functional.pad(found[name].float(), (0, width - length), value=FILLING.get(name, 0.0))
-            for name in self.config.features
-        ]
+        columns = []
+        for name in self.config.features:
+            filling, column = FILLING.get(name, 0.0), found[name].float()
+            if exists is not None:
+                column = torch.where(exists, column, filling)
+            columns.append(nn.functional.pad(column, (0, width - length), value=filling))
         logits = self.layers(torch.cat(columns, dim=1))[:, :length]
         if labels is None:
             return {"logits": logits}
@@ -140,10 +144,11 @@ class UnmaskingFilter(PreTrainedModel):
         return {"loss": (loss * masked).sum() / masked.sum().clamp(min=1), "logits": logits}  # type: ignore[union-attr]
 
     @torch.no_grad()
-    def finality(self, statistics: Any, masked: torch.Tensor) -> torch.Tensor:
-        """Probability (B, K) that each prediction is final. `masked` is (B, K) bool."""
+    def finality(self, statistics: Any, masked: torch.Tensor, exists: torch.Tensor | None = None) -> torch.Tensor:
+        """Probability (B, K) that each prediction is final. `masked` and `exists` are (B, K) bool: positions that do
+        not exist, behind a block that is shorter than others, are decided."""
         arguments = {name: getattr(statistics, name) for name in (*STATISTICS, "token")}
-        return self(**arguments, masked=masked)["logits"].sigmoid()
+        return self(**arguments, masked=masked, exists=exists)["logits"].sigmoid()
 
 
 UnmaskingFilterConfig.register_for_auto_class()

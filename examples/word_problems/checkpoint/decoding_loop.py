@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
+"""The loop that decodes: one for every model family, policy, cache and way to call it.
+
+Rows are independent of each other. Each holds a prompt and an answer in progress, in a slot of the canvas, and goes
+through its blocks at its own pace; a slot whose row has ended takes the next prompt. See `DecodingLoop.run`.
+"""
+
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, PreTrainedModel
+from transformers.generation import BaseStreamer, LogitsProcessorList
+from transformers.utils import logging
+
+from .block_schedule import FREE, BlockSchedule, Part, Rows
+from .canvas import Canvas, Layout, Plan
+from .captured_step import ROW_BUCKET, CapturedSteps
+from .draws import POSITIONS, TOKENS, uniform
+from .generation_config_diffusion import SAMPLING_FIELDS, DiffusionGenerationConfig
+from .token_statistics import token_statistics
+from .unmasking import POLICIES
+
+logger = logging.get_logger(__name__)
+
+WIDTH_BUCKET = 32  # canvases and captured steps are as wide as a multiple of it, so that they are found again
+_locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models: one pass at a time
+
+
+class Prompt(NamedTuple):
+    """What a row is to answer: the number of the request, its P token ids, and how many tokens the answer has."""
+
+    request: int
+    ids: list[int]
+    length: int
+
+
+class Answers(NamedTuple):
+    """Of N rows that have ended at the same time: arrays (N,) of their requests, the lengths of their prompts, the
+    columns where their texts end and their passes, and a tensor (3, N, T) of their tokens, steps and confidences (see
+    `taken_apart`). Once `arrived`, if that is an event and not None, it can be read."""
+
+    requests: np.ndarray
+    prompt_lengths: np.ndarray
+    ends: np.ndarray
+    passes: np.ndarray
+    state: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
+class StepSettings(NamedTuple):
+    """All that a step depends on beside the model and the canvas. Two steps of equal settings are the same, so these
+    are also what a captured step is found by."""
+
+    rows: int
+    size: int  # columns that are computed of each row from `Plan.first` on; 0: the first `seen`
+    block: int  # columns that may be written
+    seen: int  # columns that are attended to, of the rows that see most
+    is_in_order: bool  # the rows stand in the first slots
+    is_alike: bool  # all rows see `seen` columns
+    is_aligned: bool  # blocks begin at the same of the computed columns in all rows
+    select: Callable
+    is_scheduled: bool
+    unmasking_temperature: float
+    sampling: tuple | None  # values of SAMPLING_FIELDS
+    unmasking_filter: Any
+    filter_addresses: tuple[int, ...]
+
+
+# --- 3. step ---------------------------------------------------------------------------------------------------------
+
+
+def decode_step(
+    model: PreTrainedModel,
+    canvas: Canvas,
+    settings: StepSettings,
+    process: Callable | None = None,
+    choose: Callable | None = None,
+) -> None:
+    """One pass, and what the policy writes after it. Nothing here waits for the device, and what changes from step to
+    step is in the canvas.
+
+    Args:
+        model (`PreTrainedModel`): a diffusion language model.
+        canvas (`Canvas`): with the plan of the step; gets the report.
+        settings (`StepSettings`): of the step.
+        process (callable, *optional*): `(plan, logits) -> logits`, logits processors.
+        choose (callable, *optional*): `(plan, columns, masked, statistics) -> (statistics, accepted)` in place of the
+            policy.
+    """
+    plan = Plan(*canvas.plan(settings.rows))
+    logits = block_logits(model, canvas, plan, settings)
+    if process is not None:
+        logits = process(plan, logits)
+    columns, masked = canvas.block_columns(plan, settings.block)
+    draw = partial(uniform, canvas.seed, plan.request, plan.number, columns)
+    warpers, draws = None, None
+    if settings.sampling is not None:
+        warpers, draws = sampling_warpers(settings.sampling, logits.device), draw(TOKENS)
+    statistics = token_statistics(logits, canvas.layout.mask_token_id, warpers, draws)
+    if settings.unmasking_filter is not None:
+        exists = columns < plan.stop[:, None]
+        statistics = statistics._replace(finality=settings.unmasking_filter.finality(statistics, masked, exists))
+    if choose is not None:
+        statistics, accepted = choose(plan, columns, masked, statistics)
+    elif settings.is_scheduled:
+        temperature = settings.unmasking_temperature
+        accepted = settings.select(
+            statistics, masked, count=plan.quota[:, None], temperature=temperature, uniform=draw(POSITIONS)
+        )
+    else:
+        accepted = settings.select(statistics, masked, threshold=canvas.threshold)
+    canvas.write(plan, masked, statistics, accepted)
+
+
+def block_logits(model: PreTrainedModel, canvas: Canvas, plan: Plan, settings: StepSettings) -> torch.Tensor:
+    """Logits (R, K, V) that predict the blocks' positions, from one pass of the model."""
+    rows = slice(settings.rows) if settings.is_in_order else plan.slot
+    predicting = plan.start[:, None] - model.logits_shift + canvas.offsets[: settings.block]
+    arguments: dict[str, Any] = {}
+    if settings.size == 0:
+        ids, positions, columns = canvas.ids[:, : settings.seen][rows], canvas.offsets[None, : settings.seen], None
+    else:
+        positions = plan.first[:, None] + canvas.offsets[: settings.size]
+        columns = positions.clamp(max=canvas.width)
+        ids, predicting = canvas.ids[plan.slot[:, None], columns], predicting - plan.first[:, None]
+    predicting = predicting.clamp(max=ids.shape[1] - 1)  # where a block is shorter than others
+    if canvas.cache is not None:
+        arguments["past_key_values"] = canvas.cache.place(rows, columns, settings.seen)
+    mask = None if settings.is_alike else (canvas.offsets[: settings.seen] < plan.seen[:, None]).long()
+    logits = model(
+        input_ids=ids,
+        attention_mask=mask,
+        position_ids=positions,
+        logits_to_keep=predicting[0] if settings.is_aligned else predicting,
+        **arguments,
+    ).logits
+    name = type(model).__name__
+    if canvas.cache is not None and not canvas.cache.keys:
+        raise ValueError(f"`block_cache` needs a model that keeps `past_key_values`: {name} does not.")
+    if logits.shape[:-1] != predicting.shape:
+        raise ValueError(
+            f"`{name}.forward` returned logits of shape {tuple(logits.shape)} for `logits_to_keep` of shape "
+            f"{tuple(predicting.shape)}: where rows are at different places, it must apply its head to the positions "
+            f"(B, L) of each row."
+        )
+    return logits
+
+
+@lru_cache(maxsize=64)
+def sampling_warpers(sampling: tuple, device: torch.device) -> LogitsProcessorList:
+    """transformers' warpers for these values of `SAMPLING_FIELDS`."""
+    config = GenerationConfig(do_sample=True, **dict(zip(SAMPLING_FIELDS, sampling, strict=True)))
+    return GenerationMixin()._get_logits_processor(config, input_ids_seq_length=0, device=device)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class DecodingLoop:
+    """Decodes prompts with a model, by one configuration.
+
+    Args:
+        model (`PreTrainedModel`): a diffusion language model.
+        config (`DiffusionGenerationConfig`): complete and checked.
+        schedule (`BlockSchedule`): which pass comes next.
+        slots (`int`): rows that are decoded at the same time at most.
+        width (`int`): of the longest prompt with its answer.
+        seed (`int`): of all that is drawn.
+        eos (tuple of `int`): what ends a row.
+        steps (`CapturedSteps`, *optional*): of the model.
+        unmasking_filter (`UnmaskingFilter`, *optional*): to decode by.
+        process (callable, *optional*): `(loop, plan, logits) -> logits`, logits processors.
+        stop (callable, *optional*): `(canvas, rows, slots) -> ends`, called with the slots (N,) of rows whose block is
+            complete or that have ended; returns the columns (N,) at which stopping criteria end them, where earlier.
+        choose (callable, *optional*): in place of the policy, see `decode_step`.
+        clocks (list of `MaxTimeCriteria`): when one of them is over, all rows end with what is decided of them.
+        streamer (`BaseStreamer`, *optional*): of the one row.
+        wait (callable, *optional*): called before each pass.
+        device_of_answers (`torch.device`, *optional*): where answers are wanted, if not where they are.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: DiffusionGenerationConfig,
+        schedule: BlockSchedule,
+        *,
+        slots: int,
+        width: int,
+        seed: int,
+        eos: tuple[int, ...] = (),
+        device: torch.device,
+        steps: CapturedSteps | None = None,
+        unmasking_filter: Any = None,
+        process: Callable | None = None,
+        stop: Callable | None = None,
+        choose: Callable | None = None,
+        clocks: Iterable[MaxTimeCriteria] = (),
+        streamer: BaseStreamer | None = None,
+        wait: Callable | None = None,
+        device_of_answers: torch.device | None = None,
+    ):
+        self.model, self.config, self.schedule, self.steps, self.seed = model, config, schedule, steps, seed
+        self.process, self.criteria, self.choose = process, stop, choose
+        self.clocks, self.streamer, self.wait = list(clocks), streamer, wait
+        self.device_of_answers = device if device_of_answers is None else device_of_answers
+        self.layout = Layout(
+            slots, -(-width // WIDTH_BUCKET) * WIDTH_BUCKET, config.block_cache != "none", config.mask_token_id, eos,
+            config.eos_threshold, device,
+        )  # fmt: skip
+        self.waiting: deque[Prompt] = deque()
+        self.is_late, self.streamed = False, 0
+        policy = POLICIES[config.unmasking]
+        tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
+        sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
+        self.fixed = (
+            policy.select, policy.is_scheduled, config.unmasking_temperature, sampling, unmasking_filter,
+            tuple(tensor.data_ptr() for tensor in tensors),
+        )  # fmt: skip
+        self._take_canvas()
+
+    def run(self, prompts: Iterable[Prompt]) -> Iterator[Answers]:
+        """Decode, and yield answers as rows end.
+
+        1. Admit: free slots take the next prompts.
+        2. Plan: which rows the next pass takes, and what it computes of each.
+        3. Step: a forward pass, a token and a certainty for each masked position of the blocks, and the unmasking
+           policy's choice which of them become final.
+        4. Look: the host learns what is decided, and what has ended.
+        5. Settle: the rows' state follows.
+        6. Stop: criteria and time end rows.
+        7. Stream: decided text goes to the streamer.
+        8. Advance: rows whose block is complete begin the next one.
+        9. Retire: rows that have ended leave their slots. They are yielded during the next pass, so that what is done
+           with them takes no time of the device.
+        """
+        prompts, ended = iter(prompts), []
+        try:
+            while self._admit(prompts):  # 1
+                part = self.schedule.plan(self.rows)  # 2
+                try:
+                    step_rows = self._step(part)  # 3
+                except torch.OutOfMemoryError as error:
+                    self._begin_again_with_fewer_slots(error)
+                    continue
+                yield from ended
+                report = self.canvas.look(step_rows, len(part.plan.slot))  # 4
+                self.schedule.settle(self.rows, part, report)  # 5
+                self._stop()  # 6
+                self._stream()  # 7
+                self.schedule.advance(self.rows)  # 8
+                ended = self._retire()  # 9
+            yield from ended
+        finally:
+            if self.steps is not None and self.canvas is not None:
+                self.steps.give_back(self.canvas)
+
+    def _take_canvas(self):
+        self.canvas = Canvas(self.layout) if self.steps is None else self.steps.borrow(self.layout)
+        self.canvas.seed.fill_(self.seed)
+        if self.config.threshold is not None:
+            self.canvas.threshold.fill_(self.config.threshold)
+        self.rows = Rows(self.layout.slots)
+
+    def _admit(self, prompts):
+        """Fill free slots. Returns whether there is anything to decode."""
+        free = [] if self.is_late else np.flatnonzero(~self.rows.is_taken).tolist()
+        taken: list[Prompt] = []
+        while len(taken) < len(free) and (prompt := self._next(prompts)) is not None:
+            taken.append(prompt)
+        if taken:
+            slots = free[: len(taken)]
+            requests, ids, lengths = zip(*taken, strict=True)
+            self.rows.admit(slots, requests, list(map(len, ids)), lengths)
+            self.schedule.begin(self.rows, slots)
+            self.canvas.load(slots, ids)
+        return self.rows.is_live.any()
+
+    def _next(self, prompts):
+        return self.waiting.popleft() if self.waiting else next(prompts, None)
+
+    def _step(self, part: Part) -> int:
+        """Begin the pass. Returns how many rows its step takes."""
+        canvas, plan, count = self.canvas, part.plan, len(part.plan.slot)
+        is_in_order = bool((plan.slot == np.arange(count)).all())
+        offsets = plan.start - plan.first
+        is_alike, is_aligned = bool((plan.seen == part.seen).all()), bool((offsets == offsets[0]).all())
+        rows, seen = count, part.seen
+        if self.steps is not None:  # few shapes, so that graphs are found again
+            rows = min(ROW_BUCKET * -(-count // ROW_BUCKET) if count > ROW_BUCKET else 2 ** (count - 1).bit_length(),
+                       canvas.slots)  # fmt: skip
+            seen = min(-(-seen // WIDTH_BUCKET) * WIDTH_BUCKET, canvas.width)
+            is_alike, is_aligned = is_alike and (rows, seen) == (count, part.seen), False
+            is_in_order = count == rows == canvas.slots
+        settings = StepSettings(rows, part.size, part.block, seen, is_in_order, is_alike, is_aligned, *self.fixed)
+        process = None if self.process is None else partial(self.process, self)
+        step = partial(decode_step, self.model, canvas, settings, process, self.choose)
+        if self.wait is not None:
+            self.wait()
+        with _locks.setdefault(self.model, threading.RLock()), device_of(canvas):
+            canvas.send(plan, rows)
+            if self.steps is None:
+                step()
+            else:
+                self.steps.run(canvas, settings, step)
+        return rows
+
+    def _begin_again_with_fewer_slots(self, error):
+        """Rows that do not fit on the device begin once more, half as many at a time."""
+        slots = self.layout.slots // 2
+        if slots == 0 or self.schedule.is_in_step or self.streamer is not None:
+            raise error
+        logger.warning(f"Out of memory with {self.layout.slots} rows at the same time: decoding goes on with {slots}.")
+        rows = self.rows
+        unfinished = np.flatnonzero(rows.is_taken).tolist()
+        ids = self.canvas.ids.tolist()
+        self.waiting.extendleft(
+            Prompt(int(rows.request[slot]), ids[slot][: rows.prompt_length[slot]], int(rows.length[slot]))
+            for slot in reversed(unfinished)
+        )
+        self.canvas = None  # before there is another
+        torch.cuda.empty_cache()
+        self.layout = self.layout._replace(slots=slots)
+        self._take_canvas()
+
+    def _stop(self):
+        """End rows whose time is over, and those that a stopping criterion ends."""
+        rows = self.rows
+        live = np.flatnonzero(rows.is_live)
+        self.is_late = any(clock(torch.empty(1, 0), None).any() for clock in self.clocks)
+        if self.is_late:
+            rows.finish(live, rows.decided[live])
+        is_closed = rows.is_taken & (rows.is_finished | rows.is_complete)
+        if self.criteria is None or (self.schedule.is_in_step and not is_closed[rows.is_taken].all()):
+            return
+        slots = np.flatnonzero(is_closed)
+        if not len(slots):
+            return
+        ends = self.criteria(self.canvas, rows, slots)
+        is_earlier = ends < np.where(rows.is_finished[slots], rows.end[slots], rows.stop[slots] + 1)
+        rows.finish(slots[is_earlier], ends[is_earlier])
+
+    def _stream(self):
+        if self.streamer is None:
+            return
+        rows, (start, stop, decided, end) = (
+            self.rows,
+            (
+                int(place[0] - self.rows.prompt_length[0])
+                for place in (self.rows.start, self.rows.stop, self.rows.decided, self.rows.end)
+            ),
+        )
+        is_finished = rows.is_finished[0]
+        if is_finished:
+            decided = end
+        elif self.criteria is not None and not rows.is_complete[0]:
+            decided = start  # a criterion may still cut inside the block
+        answer = self.canvas.ids[0, rows.prompt_length[0] :]
+        if decided > self.streamed:
+            self.streamer.put(answer[self.streamed : decided].cpu())
+            self.streamed = decided
+        if hasattr(self.streamer, "put_draft") and not is_finished and self.streamed < stop:
+            self.streamer.put_draft(value=answer[self.streamed : stop].cpu())
+
+    def _retire(self):
+        """A list with the answers of rows that have ended, if any; those that are kept in step end together."""
+        rows, canvas = self.rows, self.canvas
+        ended = np.flatnonzero(rows.is_taken & rows.is_finished)
+        if not len(ended) or (self.schedule.is_in_step and rows.is_live.any()):
+            return []
+        state = canvas.state[:, torch.from_numpy(ended).to(canvas.state.device), : canvas.width]
+        is_moved = self.device_of_answers != state.device
+        state = state.to(self.device_of_answers, non_blocking=True)
+        answers = Answers(
+            rows.request[ended], rows.prompt_length[ended], rows.end[ended], rows.passes[ended], state,
+            torch.cuda.current_stream(canvas.state.device).record_event() if is_moved else None,
+        )  # fmt: skip
+        rows.request[ended] = FREE
+        return [answers]
+
+
+def device_of(canvas: Canvas):
+    """A context in which kernels are launched on the device of a canvas."""
+    return torch.cuda.device(canvas.layout.device) if canvas.layout.device.type == "cuda" else nullcontext()

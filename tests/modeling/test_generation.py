@@ -414,6 +414,13 @@ def test_sampling_is_seeded_and_warped(model, prompt):
         assert torch.equal(sampled, model.generate(prompt, **greedy))
 
 
+def test_greedy_decoding_leaves_the_global_generator_alone(model, prompt):
+    before = torch.random.get_rng_state()
+    model.generate(prompt, max_new_tokens=8)
+    model.generate_batch(prompt.tolist(), max_new_tokens=8)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 def test_num_return_sequences(model, prompt):
     ids, mask = padded_batch([prompt[0].tolist(), [1, 2]])
     output = model.generate(

@@ -321,7 +321,9 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         # Whatever is handed in from outside may change from step to step.
         is_fixed = not (config.disable_compile or wait.is_needed or has_processors)
         steps = prepare_captured_steps(self) if is_fixed else None
-        seed = draw_seed(generator)
+        is_drawn = config.do_sample or config.unmasking == "random" or config.unmasking_temperature
+        is_drawn = is_drawn or (POLICIES[config.unmasking].is_scheduled and config.schedule == "ancestral")
+        seed = draw_seed(generator) if is_drawn else 0  # else the global generator stays as it is
         schedule = BlockSchedule(
             logits_shift=self.logits_shift, seed=seed, is_in_step=is_in_step,
             **{

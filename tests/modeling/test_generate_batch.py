@@ -43,8 +43,17 @@ def assert_equal(outputs, batch, width):
         assert output.num_tokens == batch.num_tokens[i]
 
 
-@pytest.mark.parametrize("cache", [{}, *CACHES], ids=name_of)
-@pytest.mark.parametrize("settings", [*POLICY_SETTINGS, *DRAWN], ids=name_of)
+SETTINGS = [*POLICY_SETTINGS, *DRAWN]
+# All policies without a cache, and all caches with some policies: quick; the rest is slow.
+QUICK = [(settings, {}) for settings in SETTINGS] + [(SETTINGS[i], cache) for i in (0, 7, -1) for cache in CACHES]
+ALL = [
+    pytest.param(settings, cache, marks=() if (settings, cache) in QUICK else pytest.mark.slow)
+    for settings in SETTINGS
+    for cache in [{}, *CACHES]
+]
+
+
+@pytest.mark.parametrize(("settings", "cache"), ALL, ids=name_of)
 def test_equals_generate(family, model, settings, cache):
     """Prompts of all lengths, of which seven are decoded at a time."""
     rows = prompts(40, seed=6, longest=60)

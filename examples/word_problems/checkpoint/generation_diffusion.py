@@ -241,7 +241,9 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         mask = others["attention_mask"]
         if streamer is not None and len(input_ids) != 1:
             raise ValueError(f"`streamer` needs a batch of 1, but `input_ids` has {len(input_ids)} rows.")
-        processors = self._processors(config, logits_processor, input_ids.shape[1], config.max_length, mask)
+        processors = self._processors(
+            config, logits_processor, input_ids.shape[1], config.max_length, mask if mask.shape[1] else None
+        )
         criteria, strings, clocks = self._criteria(config, stopping_criteria, tokenizer)
         given_by_peft = arguments_of_peft(self)
         check_adapter(self, given_by_peft)

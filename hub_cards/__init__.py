@@ -7,6 +7,8 @@ all packages share (`command_line`, `hub_ids`, `measurements`) does not need pef
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .command_line import needs_extra
+
 if TYPE_CHECKING:
     from .dataset_cards import dataset_card
     from .measurements import Measurement, here_and_now, load_measurements
@@ -41,11 +43,6 @@ __all__ = [
 def __getattr__(name):
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    try:
+    with needs_extra("train"):
         value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'No module named {error.name!r}: install it by `pip install ".[train]"` in a checkout of dparallel.',
-            name=error.name,
-        ) from error
     return value

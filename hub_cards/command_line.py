@@ -51,6 +51,19 @@ class CommandParser(argparse.ArgumentParser):
 
 
 @contextmanager
+def needs_extra(extra: str) -> Iterator[None]:
+    """What is imported inside needs the packages of this extra of `pyproject.toml`: where one is missing, the error
+    says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'No module named {error.name!r}: install it by `pip install ".[{extra}]"` in a checkout of dparallel.',
+            name=error.name,
+        ) from error
+
+
+@contextmanager
 def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Errors that are the user's: a line instead of a traceback."""
     try:

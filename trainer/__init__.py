@@ -1,8 +1,9 @@
 """Training of masked diffusion language models in the shape of TRL."""
 
+from dparallel.hub_cards.command_line import needs_extra
 from dparallel.modeling import __version__
 
-try:
+with needs_extra("train"):
     from .certainty_forcing_config import CertaintyForcingConfig
     from .certainty_forcing_trainer import CertaintyForcingTrainer
     from .checkpoints import last_complete_checkpoint
@@ -18,11 +19,6 @@ try:
     from .masked_diffusion_config import MaskedDiffusionConfig
     from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
     from .trajectories import generate_trajectories
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f'No module named {error.name!r}: install it by `pip install ".[train]"` in a checkout of dparallel.',
-        name=error.name,
-    ) from error
 
 __all__ = [
     "CertaintyForcingConfig",

@@ -48,8 +48,7 @@ class Rows:
         self.request[slots], self.prompt_length[slots], self.length[slots] = requests, prompt_lengths, lengths
         self.start[slots] = self.decided[slots] = prompt_lengths
         self.seen[slots] = self.end[slots] = self.prompt_length[slots] + self.length[slots]
-        self.passes[slots] = self.block_passes[slots] = 0
-        self.is_finished[slots] = self.is_complete[slots] = False
+        self.passes[slots], self.is_finished[slots] = 0, False
 
     def finish(self, slots: np.ndarray, end: np.ndarray) -> None:
         """The text of these rows ends at these columns."""
@@ -116,7 +115,8 @@ class BlockSchedule:
         slots = slots[sizes == size]
         before, count = self._before(rows, slots), self._counts(rows, slots)
         if self.is_in_step:
-            slots, is_open = np.flatnonzero(rows.is_taken), np.isin(np.flatnonzero(rows.is_taken), slots)
+            taken = np.flatnonzero(rows.is_taken)
+            slots, is_open = taken, np.isin(taken, slots)
             before, count = np.full(len(slots), before[0]), np.where(is_open, count.max(), 0)
         else:
             is_open = np.ones(len(slots), dtype=bool)
@@ -182,9 +182,11 @@ class BlockSchedule:
 
     # --- 8. advance --------------------------------------------------------------------------------------------------
 
-    def begin(self, rows: Rows, slots: list[int]) -> None:
-        """The first block of these rows."""
-        rows.stop[slots] = rows.start[slots] + np.minimum(self.block_length, rows.length[slots])
+    def begin(self, rows: Rows, slots: list[int] | np.ndarray) -> None:
+        """Begin the block at `start` of these rows."""
+        stop = rows.prompt_length[slots] + rows.length[slots]
+        rows.stop[slots] = np.minimum(rows.start[slots] + self.block_length, stop)
+        rows.block_passes[slots], rows.is_complete[slots] = 0, False
 
     def advance(self, rows: Rows) -> None:
         """Rows whose block is complete go on with the next one, or end where there is none."""
@@ -198,6 +200,4 @@ class BlockSchedule:
         else:
             slots = slots[~is_last]
         rows.start[slots] = rows.stop[slots]
-        stop = rows.prompt_length[slots] + rows.length[slots]
-        rows.stop[slots] = np.minimum(rows.start[slots] + self.block_length, stop)
-        rows.block_passes[slots], rows.is_complete[slots] = 0, False
+        self.begin(rows, slots)

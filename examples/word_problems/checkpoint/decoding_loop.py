@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from .block_schedule import FREE, BlockSchedule, Part, Rows
 from .canvas import Canvas, Layout, Plan
-from .captured_step import ROW_BUCKET, CapturedSteps
+from .captured_step import CapturedSteps
 from .draws import POSITIONS, TOKENS, uniform
 from .generation_config_diffusion import SAMPLING_FIELDS, DiffusionGenerationConfig
 from .token_statistics import token_statistics
@@ -29,6 +29,7 @@ from .unmasking import POLICIES
 
 logger = logging.get_logger(__name__)
 
+ROW_BUCKET = 8  # above it, captured steps take a multiple of it of rows; below, a power of 2
 WIDTH_BUCKET = 32  # canvases and captured steps are as wide as a multiple of it, so that they are found again
 _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models: one pass at a time
 
@@ -67,6 +68,7 @@ class StepSettings(NamedTuple):
     is_aligned: bool  # blocks begin at the same of the computed columns in all rows
     select: Callable
     is_scheduled: bool
+    draws_positions: bool
     unmasking_temperature: float
     sampling: tuple | None  # values of SAMPLING_FIELDS
     unmasking_filter: Any
@@ -110,10 +112,10 @@ def decode_step(
     if choose is not None:
         statistics, accepted = choose(plan, columns, masked, statistics)
     elif settings.is_scheduled:
-        temperature = settings.unmasking_temperature
         accepted = settings.select(
-            statistics, masked, count=plan.quota[:, None], temperature=temperature, uniform=draw(POSITIONS)
-        )
+            statistics, masked, count=plan.quota[:, None], temperature=settings.unmasking_temperature,
+            uniform=draw(POSITIONS) if settings.draws_positions else None,
+        )  # fmt: skip
     else:
         accepted = settings.select(statistics, masked, threshold=canvas.threshold)
     canvas.write(plan, masked, statistics, accepted)
@@ -221,7 +223,8 @@ class DecodingLoop:
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
         self.fixed = (
-            policy.select, policy.is_scheduled, config.unmasking_temperature, sampling, unmasking_filter,
+            policy.select, policy.is_scheduled, policy.is_drawn or config.unmasking_temperature > 0,
+            config.unmasking_temperature, sampling, unmasking_filter,
             tuple(tensor.data_ptr() for tensor in tensors),
         )  # fmt: skip
         self._take_canvas()
@@ -350,14 +353,9 @@ class DecodingLoop:
     def _stream(self):
         if self.streamer is None:
             return
-        rows, (start, stop, decided, end) = (
-            self.rows,
-            (
-                int(place[0] - self.rows.prompt_length[0])
-                for place in (self.rows.start, self.rows.stop, self.rows.decided, self.rows.end)
-            ),
-        )
-        is_finished = rows.is_finished[0]
+        rows, is_finished = self.rows, self.rows.is_finished[0]
+        places = (rows.start, rows.stop, rows.decided, rows.end)
+        start, stop, decided, end = (int(place[0] - rows.prompt_length[0]) for place in places)
         if is_finished:
             decided = end
         elif self.criteria is not None and not rows.is_complete[0]:

@@ -51,8 +51,6 @@ from .unmasking_filter import SUBFOLDER, UnmaskingFilter
 
 logger = logging.get_logger(__name__)
 
-DEFAULT_BATCH_SIZE = 64  # of generate_batch()
-
 
 class DiffusionGenerationMixin(BatchGenerationMixin):
     """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
@@ -250,18 +248,14 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         has_own_adapters = "adapter_names" in given_by_peft
         # What a user gave may count on the rows that it was given with, as adapters do of which each row has its own.
         is_in_step = bool(criteria) or not is_positionwise(processors) or has_own_adapters
-        process = stop = None
-        if is_positionwise(processors):
-            process = partial(_process_positions, processors) if processors else None
-        else:
-            # Padding is no text: show what is no text either, and whose logits do not count.
-            process = partial(_process_in_step, processors, input_ids.masked_fill(mask == 0, config.mask_token_id))
-        if criteria:
-            stop = partial(ends_in_step, criteria, prompts=input_ids)
+        # Padding is no text: show what is no text either, and whose logits do not count.
+        shown = input_ids.masked_fill(mask == 0, config.mask_token_id)
         decode, wait = self._decoder(
-            config, is_in_step=is_in_step, slots=len(input_ids), width=config.max_length, process=process, stop=stop,
+            config, is_in_step=is_in_step, slots=len(input_ids), width=config.max_length, processors=processors,
+            process=partial(_process_in_step, processors, shown),
+            stop=partial(ends_in_step, criteria, prompts=input_ids) if criteria else None,
             strings=strings, clocks=clocks, streamer=streamer, synced_gpus=synced_gpus, generator=generator,
-            unmasking_filter=unmasking_filter, has_processors=bool(processors),
+            unmasking_filter=unmasking_filter,
         )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
@@ -310,10 +304,11 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
     # --- what both are made of ---------------------------------------------------------------------------------------
 
     def _decoder(
-        self, config, *, is_in_step, slots, width, process, stop, strings, clocks, streamer, synced_gpus, generator,
-        unmasking_filter, has_processors, device_of_answers=None,
+        self, config, *, is_in_step, slots, width, processors, process, stop, strings, clocks, synced_gpus, generator,
+        unmasking_filter, streamer=None, device_of_answers=None,
     ):  # fmt: skip
-        """A function from prompts to an iterator of `Answers`, and the one that waits for other processes."""
+        """A function from prompts to an iterator of `Answers`, and the one that waits for other processes. `process`
+        calls the processors unless they take all positions at once."""
         if config._pad_token_tensor is None and (stop or strings or clocks):
             raise ValueError("`pad_token_id=None`: it must be set (or `eos_token_id`) where rows may end early.")
         unmasking_filter = find_filter(self, config, unmasking_filter)
@@ -321,10 +316,13 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
             unmasking_filter = unmasking_filter.to(self.device, torch.float32).eval()
         wait = _Wait(self, synced_gpus)
         # Whatever is handed in from outside may change from step to step.
-        is_fixed = not (config.disable_compile or wait.is_needed or has_processors)
+        is_fixed = not (config.disable_compile or wait.is_needed or processors)
         steps = prepare_captured_steps(self) if is_fixed else None
-        is_drawn = config.do_sample or config.unmasking == "random" or config.unmasking_temperature
-        is_drawn = is_drawn or (POLICIES[config.unmasking].is_scheduled and config.schedule == "ancestral")
+        if is_positionwise(processors):
+            process = partial(_process_at_once, processors) if processors else None
+        policy = POLICIES[config.unmasking]
+        is_drawn = config.do_sample or policy.is_drawn or config.unmasking_temperature
+        is_drawn = is_drawn or (policy.is_scheduled and config.schedule == "ancestral")
         seed = draw_seed(generator) if is_drawn else 0  # else the global generator stays as it is
         schedule = BlockSchedule(
             logits_shift=self.logits_shift, seed=seed, is_in_step=is_in_step,
@@ -399,7 +397,7 @@ def _warn_of_ignored(config, given, arguments):
             logger.warning(f"`{name}` is ignored: {why}.")
 
 
-def _process_positions(processors, loop, plan, logits):
+def _process_at_once(processors, loop, plan, logits):
     return process_positions(processors, logits)
 
 

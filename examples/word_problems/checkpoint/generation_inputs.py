@@ -47,11 +47,19 @@ def check_inputs(
     if ((input_ids < 0) | (input_ids >= vocab_size)).any():
         low, high = input_ids.min().item(), input_ids.max().item()
         raise ValueError(f"`input_ids` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
-    if attention_mask is None:
-        attention_mask = torch.ones_like(input_ids)
-    elif not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
-        shape_of_mask = tuple(getattr(attention_mask, "shape", ()))
-        got = str(shape_of_mask) if shape_of_mask else type(attention_mask).__name__
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else _check_mask(attention_mask, input_ids)
+    if ((input_ids == config.mask_token_id) & (attention_mask == 1)).any():
+        raise ValueError(
+            f"`input_ids` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK]."
+        )
+    if model.logits_shift and (input_ids.shape[1] == 0 or not attention_mask[:, -1].all()):
+        raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
+    return input_ids, attention_mask
+
+
+def _check_mask(attention_mask, input_ids):
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.shape != input_ids.shape:
+        got = tuple(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__
         shape = tuple(input_ids.shape)
         raise ValueError(f"`attention_mask` must have the shape of `input_ids`, {shape}, but got {got}.")
     if ((attention_mask != 0) & (attention_mask != 1)).any():
@@ -62,13 +70,7 @@ def check_inputs(
             "`attention_mask` has zeros behind ones: prompts must be padded on the left "
             '(`padding_side="left"` in the tokenizer).'
         )
-    if ((input_ids == config.mask_token_id) & (attention_mask == 1)).any():
-        raise ValueError(
-            f"`input_ids` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK]."
-        )
-    if model.logits_shift and (input_ids.shape[1] == 0 or not attention_mask[:, -1].all()):
-        raise ValueError("`input_ids` has a row without a token: this model predicts from the token before.")
-    return input_ids, attention_mask
+    return attention_mask
 
 
 def check_prompt(model: PreTrainedModel, config: DiffusionGenerationConfig, prompt: Any, index: int) -> list[int]:

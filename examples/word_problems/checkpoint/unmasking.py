@@ -195,13 +195,14 @@ def ancestral_schedule(
 
 class Policy(NamedTuple):
     """`select` is the function. A thresholded policy has a default threshold and the closed range of its values; a
-    scheduled one has none."""
+    scheduled one has none. `is_drawn`: it needs random numbers whatever the temperature."""
 
     select: Callable
     default: float | None = None
     low: float = 0.0
     high: float = float("inf")
     low_is_allowed: bool = True
+    is_drawn: bool = False
 
     @property
     def is_scheduled(self) -> bool:
@@ -225,6 +226,6 @@ POLICIES = {
     "confidence": Policy(confidence),
     "entropy": Policy(entropy),
     "margin": Policy(margin),
-    "random": Policy(random),
+    "random": Policy(random, is_drawn=True),
 }
 SCHEDULES = {"even": even_schedule, "linear_time": linear_time_schedule, "ancestral": ancestral_schedule}

@@ -20,7 +20,6 @@ from .packed_projections import pack_projections
 
 logger = logging.get_logger(__name__)
 
-ROW_BUCKET = 8  # above it, steps take a multiple of it of rows; below, a power of 2
 MAX_GRAPHS = 64  # of a canvas
 MAX_CANVASES = 16  # kept between calls, as long as they take
 MAX_MEMORY_SHARE = 0.125  # of the device, all together; the last one is kept whatever it takes

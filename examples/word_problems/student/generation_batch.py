@@ -14,7 +14,7 @@ from .decoding_loop import Prompt
 from .generation_config_diffusion import require
 from .generation_inputs import answer_length, arguments_of_peft, check_adapter, check_objects, check_prompt
 from .generation_outputs import DiffusionRequestOutput, failed_output, to_outputs
-from .logits_processing import is_positionwise, process_columns, process_positions
+from .logits_processing import process_columns
 from .stopping import ends_row_by_row
 from .unmasking_filter import UnmaskingFilter
 
@@ -158,17 +158,12 @@ class BatchGenerationMixin(GenerationMixin):
         make_processors = partial(self._processors, config, logits_processor)
         processors = make_processors(1, width)
         criteria, strings, clocks = self._criteria(config, stopping_criteria, tokenizer)
-        process = stop = None
-        if is_positionwise(processors):
-            process = partial(_process_at_once, processors) if processors else None
-        else:
-            process = partial(_process_row_by_row, make_processors)
-        if criteria:
-            stop = partial(ends_row_by_row, criteria)
         decode, wait = self._decoder(
-            config, is_in_step=False, slots=slots, width=width, process=process, stop=stop, strings=strings,
-            clocks=clocks, streamer=None, synced_gpus=synced_gpus, generator=generator,
-            unmasking_filter=unmasking_filter, has_processors=bool(processors), device_of_answers=torch.device("cpu"),
+            config, is_in_step=False, slots=slots, width=width, processors=processors,
+            process=partial(_process_row_by_row, make_processors),
+            stop=partial(ends_row_by_row, criteria) if criteria else None,
+            strings=strings, clocks=clocks, synced_gpus=synced_gpus, generator=generator,
+            unmasking_filter=unmasking_filter, device_of_answers=torch.device("cpu"),
         )  # fmt: skip
 
         @torch.no_grad()
@@ -236,7 +231,3 @@ def _checked(inputs, make):
             yield make(prompt, index)
         except ValueError as error:
             yield failed_output(index, 1, list(prompt) if isinstance(prompt, (list, tuple)) else [], str(error))
-
-
-def _process_at_once(processors, loop, plan, logits):
-    return process_positions(processors, logits)

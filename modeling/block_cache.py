@@ -6,15 +6,37 @@ Decoding stays close to exact all the same if only the current block is computed
 values of other positions are those of an earlier one ("Fast-dLLM", https://arxiv.org/abs/2505.22618).
 """
 
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from transformers import Cache
 
 
+class Tokens(NamedTuple):
+    """The tokens of a pass that computes some columns of each of its R rows. Those of a row stand one behind the
+    other, those of the next row follow, and behind the last row up to N is what has no place in the canvas.
+
+    `slot` and `column` (N,) are where a token stands in the canvas. `offset` and `size` (R,) say which tokens are a
+    row's, and `seen` (R,) before which column it attends to everything. `tiles` (4, M) are runs of up to `tile` tokens
+    of a row, for the kernel of attention: the slot, the first token, how many, and `seen`; M is enough for any rows.
+    `longest` bounds `size`, and `limit` bounds `seen`.
+    """
+
+    slot: torch.Tensor
+    column: torch.Tensor
+    offset: torch.Tensor
+    size: torch.Tensor
+    seen: torch.Tensor
+    tiles: torch.Tensor
+    tile: int
+    longest: int
+    limit: int
+
+
 class BlockCache(Cache):
-    """Keys and values of all positions of a canvas, each in a place of its own. A pass over some positions of some
-    rows overwrites theirs, and attends to all positions of the same rows; nothing grows, and nothing moves.
+    """Keys and values of all positions of a canvas, each in a place of its own. A pass over some columns of some rows
+    overwrites theirs, and each row attends to all that it sees of its own slot; nothing grows, and nothing moves.
+    `layers.attention` is what reads and writes it.
 
     Args:
         slots (`int`): rows of the canvas, S.
@@ -25,51 +47,66 @@ class BlockCache(Cache):
         super().__init__(layers=[])
         self.slots, self.width = slots, width
         self.keys, self.values = [], []
-        self.rows: slice | torch.Tensor = slice(slots)
-        self.columns: torch.Tensor | None = None
-        self.seen = width
+        self.tokens: Tokens  # of the pass, see `place`
+        self._hidden: dict = {}
 
-    def place(self, rows: slice | torch.Tensor, columns: torch.Tensor | None, seen: int) -> "BlockCache":
-        """The next pass is one over these rows, the first R as a slice or any as a tensor (R,), and of each over these
-        columns, a tensor (R, Q), or over those before `seen` (None). It sees those before `seen`."""
-        self.rows, self.columns, self.seen = rows, columns, seen
+    def place(self, tokens: Tokens) -> "BlockCache":
+        """The next pass computes these."""
+        self.tokens, self._hidden = tokens, {}
         return self
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keep the rotated keys and the values (R, heads, Q, head_dim) of a pass over Q positions of R rows; returns
-        those of all positions that it sees."""
-        for layer, states in zip(self.of_layer(layer_idx, key_states), (key_states, value_states), strict=True):
-            rows = self.rows if isinstance(self.rows, slice) else self.rows.to(layer.device)
-            if self.columns is None:
-                layer[rows, :, : self.seen] = states
-            else:
-                rows = torch.arange(len(states), device=layer.device) if isinstance(rows, slice) else rows
-                layer[rows[:, None], :, self.columns.to(layer.device)] = states.transpose(1, 2)
-        # A pass over whole rows has computed all that it sees.
-        return (key_states, value_states) if self.columns is None else self.read(layer_idx)
 
     def of_layer(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all rows and columns, (S, heads, T, head_dim). At first, the device and so on are those
-        of a tensor `like` (R, heads, Q, head_dim)."""
+        of a tensor `like` (1, heads, N, head_dim)."""
         if layer_idx == len(self.keys):
             for layers in (self.keys, self.values):
                 layers.append(like.new_zeros(self.slots, like.shape[1], self.width, like.shape[3]))
         return self.keys[layer_idx], self.values[layer_idx]
 
+    # --- without kernels ---------------------------------------------------------------------------------------------
+
+    def keep(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put the rotated keys and the values (1, heads, N, head_dim) of the pass in their places."""
+        slot, column = (each.to(keys.device) for each in (self.tokens.slot, self.tokens.column))
+        for layer, states in zip(self.of_layer(layer_idx, keys), (keys, values), strict=True):
+            layer[slot, :, column] = states[0].transpose(0, 1)
+
     def read(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the pass attends to, (R, heads, seen, head_dim): a view where the rows are the first
-        ones, else a copy."""
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        rows = self.rows if isinstance(self.rows, slice) else self.rows.to(keys.device)
-        return keys[:, :, : self.seen][rows], values[:, :, : self.seen][rows]
+        """Keys and values that the R rows of the pass may attend to, (R, heads, limit, head_dim)."""
+        keys, values = (each[layer_idx][:, :, : self.tokens.limit] for each in (self.keys, self.values))
+        slot = self.tokens.slot[self.tokens.offset.clamp(max=len(self.tokens.slot) - 1)].to(keys.device)
+        return keys[slot], values[slot]
+
+    def pad(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries (1, heads, N, head_dim), a row of the pass a row, (R, heads, longest, head_dim)."""
+        tokens = self.tokens
+        places = tokens.offset[:, None] + torch.arange(tokens.longest, device=tokens.offset.device)
+        return query[0][:, places.clamp(max=len(tokens.slot) - 1).to(query.device)].transpose(0, 1)
+
+    def unpad(self, states: torch.Tensor) -> torch.Tensor:
+        """What `pad` made rows of, (R, longest, ...), one token behind the other again, (1, N, ...)."""
+        tokens = self.tokens
+        order = torch.arange(len(tokens.slot), device=tokens.offset.device)
+        row = torch.searchsorted(tokens.offset, order, right=True) - 1
+        place = (order - tokens.offset[row]).clamp(max=tokens.longest - 1)
+        return states[row.to(states.device), place.to(states.device)][None]
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What is added to scores, (R, 1, 1, limit), so that no row of the pass attends to what it does not see."""
+        key = dtype, device
+        if key not in self._hidden:
+            tokens = self.tokens
+            columns = torch.arange(tokens.limit, device=tokens.seen.device)
+            hidden = (columns >= tokens.seen[:, None]).to(device)[:, None, None]
+            mask = torch.zeros_like(hidden, dtype=dtype)
+            self._hidden[key] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        return self._hidden[key]
+
+    def update(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "`block_cache` needs a model whose layers call `attention` of layers.py: this one calls "
+            "`past_key_values.update`, which keeps whole sequences."
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0  # without a causal mask it does not matter where queries stand
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.seen, 0

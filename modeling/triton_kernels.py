@@ -22,7 +22,6 @@ logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (16, 32, 64, 128)  # of `fused_rotate` and `fused_attention`
-MAX_QUERIES = 64  # of `fused_attention`: a block, and the one before it
 
 
 def suit_kernels(*tensors: torch.Tensor) -> bool:
@@ -191,11 +190,10 @@ def fused_rms_norm(
 
 
 @jit
-def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, rows, columns, length, query_heads, key_heads,
+def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, slots, columns, length, query_heads, key_heads,
             query_batch, query_head, query_row, key_batch, key_head, key_row, value_batch, value_head, value_row,
             new_batch, new_head, new_row, table_stride,
-            HAS_VALUE: tl.constexpr, HAS_ROWS: tl.constexpr, HAS_COLUMNS: tl.constexpr,
-            HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
+            IS_KEPT: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
     """Some heads of the queries, or of the keys and values, at one position in a row of the batch."""
     row, batch, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
     parts, column = tl.cdiv(query_heads, HEADS), tl.arange(0, HALF)[None, :]
@@ -207,14 +205,15 @@ def _rotate(query, key, value, new_query, new_key, new_value, cos, sin, rows, co
     else:
         head = ((part - parts) * HEADS + tl.arange(0, HEADS))[:, None]
         exists = head < key_heads
-        slot = tl.load(rows + batch) if HAS_ROWS else batch
-        kept = tl.load(columns + batch * length + row) if HAS_COLUMNS else row
-        place = slot * new_batch + kept * new_row + head * new_head + column
-        source, target = key + batch * key_batch + row * key_row + head * key_head + column, new_key + place
-        if HAS_VALUE:
+        source = key + batch * key_batch + row * key_row + head * key_head + column
+        if IS_KEPT:
+            place = tl.load(slots + row) * new_batch + tl.load(columns + row) * new_row + head * new_head + column
             moved = value + batch * value_batch + row * value_row + head * value_head + column
             tl.store(new_value + place, tl.load(moved, exists), exists)
             tl.store(new_value + place + HALF, tl.load(moved + HALF, exists), exists)
+        else:
+            place = batch * new_batch + row * new_row + head * new_head + column
+        target = new_key + place
     first, second = tl.load(source, exists, 0.0).to(tl.float32), tl.load(source + HALF, exists, 0.0).to(tl.float32)
     table = batch * table_stride + row * HALF + column
     c, s = tl.load(cos + table), tl.load(sin + table)
@@ -229,31 +228,28 @@ def fused_rotate(
     sin: torch.Tensor,
     value: torch.Tensor | None = None,
     kept: Sequence[torch.Tensor] | None = None,
-    rows: torch.Tensor | None = None,
-    columns: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens: Any = None,
+) -> Any:
     """Rotary embedding of queries and keys (B, heads, T, head_dim) by tables (B or 1, 1, T, head_dim / 2) in float32.
 
-    Returns queries and keys. With `kept`, a pair of tensors (S, key heads, columns, head_dim) that lie alike, the keys
-    and, as they are, the `value` go into the given `rows` (B,) and `columns` (B, T) of those, or into the first ones;
-    the queries alone are returned."""
+    Returns queries and keys. With `kept`, a pair of tensors (S, key heads, columns, head_dim) that lie alike, and a
+    batch of 1, the keys and, as they are, the `value` go into the places in those that `tokens` have; the queries
+    alone are returned."""
     batch_size, query_heads, length, size = query.shape
     key_heads = key.shape[1]
     new_query = query.new_empty(batch_size, length, query_heads, size)
+    slots = columns = cos
     if kept is None or value is None:
         new_key = key.new_empty(batch_size, length, key_heads, size).transpose(1, 2)
         value, new_value = key, new_key
     else:
-        new_key, new_value = kept
+        (new_key, new_value), slots, columns = kept, tokens.slot, tokens.column
     query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
     cos, sin = cos.contiguous(), sin.contiguous()
     _rotate[length, batch_size, triton.cdiv(query_heads, 8) + triton.cdiv(key_heads, 8)](
-        query, key, value, new_query, new_key, new_value, cos, sin, cos if rows is None else rows,
-        cos if columns is None else columns.contiguous(), length, query_heads, key_heads, *query.stride()[:3],
-        *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3],
-        cos.stride(0) if cos.shape[0] > 1 else 0,
-        HAS_VALUE=kept is not None, HAS_ROWS=rows is not None, HAS_COLUMNS=columns is not None, HALF=size // 2,
-        HEADS=8, num_warps=2,
+        query, key, value, new_query, new_key, new_value, cos, sin, slots, columns, length, query_heads, key_heads,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *new_key.stride()[:3],
+        cos.stride(0) if cos.shape[0] > 1 else 0, IS_KEPT=kept is not None, HALF=size // 2, HEADS=8, num_warps=2,
     )  # fmt: skip
     new_query = new_query.transpose(1, 2)
     return new_query if kept is not None else (new_query, new_key)
@@ -278,36 +274,34 @@ def fused_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return out
 
 
-# --- attention of a block --------------------------------------------------------------------------------------------
+# --- attention of parts of rows --------------------------------------------------------------------------------------
 
 
 @jit
-def _partial_attention(query, key, value, mask, rows, out, sums, maxima, seen, queries, groups, scale, per_part,
-                       query_batch, query_head, query_row, key_batch, key_head, key_row,
-                       value_batch, value_head, value_row, mask_batch,
-                       HAS_MASK: tl.constexpr, HAS_ROWS: tl.constexpr, IS_WHOLE: tl.constexpr,
-                       ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
-    """All queries of one head in a row of the batch against a part of the keys, by an online softmax to base 2."""
-    part, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+def _partial_attention(query, key, value, tiles, out, sums, maxima, groups, scale, per_part,
+                       query_head, query_row, key_slot, key_head, key_row, value_slot, value_head, value_row,
+                       IS_WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+                       SIZE: tl.constexpr):  # fmt: skip
+    """The queries of one head in a tile against a part of the keys of its slot, by an online softmax to base 2."""
+    part, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    parts, heads, count = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
+    slot, first, queries = tl.load(tiles + tile), tl.load(tiles + count + tile), tl.load(tiles + 2 * count + tile)
+    seen = tl.load(tiles + 3 * count + tile)
+    if queries == 0:
+        return
     row, column, lane = tl.arange(0, ROWS), tl.arange(0, SIZE), tl.arange(0, KEYS)
     exists = (row < queries)[:, None]
-    source = query + batch * query_batch + head * query_head + row[:, None] * query_row + column[None, :]
-    x = tl.load(source, exists, 0.0)
-    kept = tl.load(rows + batch) if HAS_ROWS else batch
-    key += kept * key_batch + (head // groups) * key_head
-    value += kept * value_batch + (head // groups) * value_head
+    x = tl.load(query + head * query_head + (first + row)[:, None] * query_row + column[None, :], exists, 0.0)
+    key += slot * key_slot + (head // groups) * key_head
+    value += slot * value_slot + (head // groups) * value_head
     maximum = tl.full((ROWS,), -1e30, tl.float32)
     total, weighted = tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, SIZE), tl.float32)
     stop = tl.minimum((part + 1) * per_part, seen)
-    for first in range(part * per_part, stop, KEYS):
-        position = first + lane
+    for begin in range(part * per_part, stop, KEYS):
+        position = begin + lane
         is_seen = position < stop
         keys = tl.load(key + position[None, :] * key_row + column[:, None], is_seen[None, :], 0.0)
-        scores = tl.dot(x, keys) * scale
-        if HAS_MASK:
-            hidden = tl.load(mask + batch * mask_batch + position, is_seen, 0.0).to(tl.float32)
-            scores += hidden[None, :] * 1.4426950408889634
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
+        scores = tl.where(is_seen[None, :], tl.dot(x, keys) * scale, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
         share, scale_before = tl.exp2(scores - higher[:, None]), tl.exp2(maximum - higher)
         values = tl.load(value + position[:, None] * value_row + column[None, :], is_seen[:, None], 0.0)
@@ -315,68 +309,63 @@ def _partial_attention(query, key, value, mask, rows, out, sums, maxima, seen, q
         weighted = weighted * scale_before[:, None]
         weighted += tl.dot(share.to(values.dtype), values)
         maximum = higher
-    heads, parts = tl.num_programs(1), tl.num_programs(0)
     if IS_WHOLE:
-        place = out + ((batch * queries + row) * heads + head)[:, None] * SIZE + column[None, :]
+        place = out + ((first + row) * heads + head)[:, None] * SIZE + column[None, :]
         tl.store(place, weighted / total[:, None], exists)
     else:
-        place = ((batch * heads + head) * parts + part) * ROWS + row
+        place = ((tile * heads + head) * parts + part) * ROWS + row
         tl.store(out + place[:, None] * SIZE + column[None, :], weighted)
         tl.store(sums + place, total)
         tl.store(maxima + place, maximum)
 
 
 @jit
-def _whole_attention(partial, sums, maxima, out, parts, ROWS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr):
-    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    queries, heads = tl.num_programs(0), tl.num_programs(1)
+def _whole_attention(partial, sums, maxima, tiles, out, parts,
+                     ROWS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr):  # fmt: skip
+    row, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    heads, count = tl.num_programs(1), tl.num_programs(2)
+    first, queries = tl.load(tiles + count + tile), tl.load(tiles + 2 * count + tile)
+    if row >= queries:
+        return
     part, column = tl.arange(0, PARTS), tl.arange(0, SIZE)
     exists = part < parts
-    place = ((batch * heads + head) * parts + part) * ROWS + row
+    place = ((tile * heads + head) * parts + part) * ROWS + row
     maximum = tl.load(maxima + place, exists, -1e30)
     scale = tl.exp2(maximum - tl.max(maximum, axis=0))
     weighted = tl.load(partial + place[:, None] * SIZE + column[None, :], exists[:, None], 0.0)
     mixed = tl.sum(weighted * scale[:, None], axis=0) / tl.sum(tl.load(sums + place, exists, 0.0) * scale, axis=0)
-    tl.store(out + ((batch * queries + row) * heads + head) * SIZE + column, mixed)
+    tl.store(out + ((first + row) * heads + head) * SIZE + column, mixed)
 
 
 def fused_attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scaling: float,
-    rows: torch.Tensor | None = None,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tokens: Any, scaling: float
 ) -> torch.Tensor:
-    """softmax(scaling * query key + mask) value for up to `MAX_QUERIES` queries (B, heads, Q, head_dim), against keys
-    and values (B, groups, T, head_dim), or the given `rows` (B,) of more of them. `mask` (B, 1, 1 or expanded, T) is
-    added, and the same for all queries; or None. Few queries occupy few multiprocessors, so many keys are shared out
-    and put together again (as in "Flash-Decoding", https://pytorch.org/blog/flash-decoding). Returns (B, Q, heads,
-    head_dim)."""
-    batch_size, heads, queries, size = query.shape
-    groups, seen = heads // key.shape[1], key.shape[2]
-    query, key, value = (each if each.stride(-1) == 1 else each.contiguous() for each in (query, key, value))
-    tile, keys = max(triton.next_power_of_2(queries), 16), 64
-    parts = max(min(192 // (batch_size * heads), seen // 192), 1)
-    per_part = triton.cdiv(triton.cdiv(seen, parts), keys) * keys
-    parts = triton.cdiv(seen, per_part)
-    out = query.new_empty(batch_size, queries, heads, size)
+    """softmax(scaling * query key) value for the `tokens` of a pass (`block_cache.Tokens`): queries (1, heads, N,
+    head_dim), each against what its row sees of the keys and values of its slot, (S, groups, T, head_dim). Few queries
+    occupy few multiprocessors, so many keys are shared out and put together again (as in "Flash-Decoding",
+    https://pytorch.org/blog/flash-decoding). Returns (1, N, heads, head_dim)."""
+    _, heads, length, size = query.shape
+    groups, tiles, tile, keys = heads // key.shape[1], tokens.tiles, tokens.tile, 64
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    parts = max(min(192 // (tiles.shape[1] * heads), tokens.limit // 192), 1)
+    per_part = triton.cdiv(triton.cdiv(tokens.limit, parts), keys) * keys
+    parts = triton.cdiv(tokens.limit, per_part)
+    out = query.new_empty(1, length, heads, size)
     partial = sums = maxima = out
     if parts > 1:
-        shape, options = (batch_size, heads, parts, tile), {"dtype": torch.float32, "device": query.device}
+        shape, options = (tiles.shape[1], heads, parts, tile), {"dtype": torch.float32, "device": query.device}
         partial = torch.empty(*shape, size, **options)
         sums, maxima = torch.empty(2, *shape, **options)
-    _partial_attention[parts, heads, batch_size](
-        query, key, value, query if mask is None else mask, query if rows is None else rows, partial, sums, maxima,
-        seen, queries, groups, scaling * 1.4426950408889634, per_part, *query.stride()[:3], *key.stride()[:3],
-        *value.stride()[:3], 0 if mask is None else mask.stride(0), HAS_MASK=mask is not None,
-        HAS_ROWS=rows is not None, IS_WHOLE=parts == 1,
-        ROWS=tile, KEYS=keys, SIZE=size, num_warps=4, num_stages=3,
+    _partial_attention[parts, heads, tiles.shape[1]](
+        query, key, value, tiles, partial, sums, maxima, groups, scaling * 1.4426950408889634, per_part,
+        *query.stride()[1:3], *key.stride()[:3], *value.stride()[:3], IS_WHOLE=parts == 1,
+        ROWS=tile, KEYS=keys, SIZE=size, num_warps=8 if tile > 64 else 4, num_stages=3,
     )  # fmt: skip
     if parts > 1:
-        _whole_attention[queries, heads, batch_size](
-            partial, sums, maxima, out, parts, ROWS=tile, SIZE=size, PARTS=triton.next_power_of_2(parts), num_warps=4
-        )
+        _whole_attention[tile, heads, tiles.shape[1]](
+            partial, sums, maxima, tiles, out, parts, ROWS=tile, SIZE=size, PARTS=triton.next_power_of_2(parts),
+            num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -387,12 +376,12 @@ def fused_attention(
 def _write(token, confidence, accepted, plan, eos, ids, unmasking_step, unmasking_confidence, report, rows,
            block_length, width, mask_token_id, ids_row,
            NUM_EOS: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """One row. `plan` and `report` are the tensors (fields, R) of `Plan` and `Report`; of `unmasking_confidence`,
+    """One row. `plan` and `report` are as `Plan` and `Report`, (fields, R); of `unmasking_confidence`,
     every other number is one (`taken_apart`)."""
     row, offset = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    slot, start = tl.load(plan + row), tl.load(plan + 2 * rows + row)
-    seen, number = tl.load(plan + 4 * rows + row), tl.load(plan + 7 * rows + row)
-    stop, column = tl.minimum(tl.load(plan + 3 * rows + row), seen), start + offset
+    slot, start = tl.load(plan + row), tl.load(plan + rows + row)
+    seen, number = tl.load(plan + 3 * rows + row), tl.load(plan + 6 * rows + row)
+    stop, column = tl.minimum(tl.load(plan + 2 * rows + row), seen), start + offset
     exists = (offset < block_length) & (column < stop)
     place, source = slot * ids_row + column, row * block_length + offset
     current, new = tl.load(ids + place, exists, 0), tl.load(token + source, exists, 0)
@@ -420,7 +409,7 @@ def fused_write(canvas: Any, plan: Any, statistics: Any, accepted: torch.Tensor)
     ahead of another."""
     eos, (rows, length) = canvas.eos, accepted.shape
     _write[rows,](
-        statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), canvas.plan(rows),
+        statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), plan.slot,
         canvas.ids if eos is None else eos, canvas.ids, canvas.unmasking_step, canvas.unmasking_confidence,
         canvas.report(rows), rows, length, canvas.width + 1, canvas.layout.mask_token_id, canvas.ids.stride(0),
         NUM_EOS=0 if eos is None else len(eos), BLOCK=triton.next_power_of_2(length), num_warps=1,

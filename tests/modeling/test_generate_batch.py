@@ -271,8 +271,8 @@ def test_out_of_memory_makes_the_batch_smaller(model, monkeypatch, caplog):
     sizes = []
 
     def limited(model, canvas, settings, *arguments):
-        sizes.append(settings.rows)
-        if settings.rows > 5 or len(sizes) == 20:
+        sizes.append(settings.shape.rows)
+        if settings.shape.rows > 5 or len(sizes) == 20:
             raise torch.OutOfMemoryError("no memory")
         return step(model, canvas, settings, *arguments)
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from dparallel.modeling import TokenStatistics, layers, modeling_llada, token_statistics, triton_kernels
-from dparallel.modeling.block_cache import BlockCache
-from dparallel.modeling.canvas import Canvas, Layout, Plan
+from dparallel.modeling.canvas import Canvas, Layout, Plan, Shape
 
 pytest.importorskip("triton")
 
@@ -107,23 +106,39 @@ def test_rotary_embedding(query_heads, key_heads, size, dtype, rows):
         assert_close(rotated, expected)
 
 
-@pytest.mark.parametrize("rows", [None, [3, 1]])
-@pytest.mark.parametrize("columns", [None, [[8, 2, 5, 3, 11, 0, 1], [0, 1, 2, 3, 4, 5, 10]]])
+def tokens_of(slots, firsts, sizes, seen, spare=0, longest=None):
+    """A canvas of twelve slots and 400 columns, and the tokens of a pass over these columns of these slots, `spare`
+    more rows and tokens than there are."""
+    layout = Layout(12, 400, True, MASK, (), None, torch.device(DEVICE))
+    canvas = Canvas(layout)
+    slots, firsts, sizes, seen = (np.array(each) for each in (slots, firsts, sizes, seen))
+    nothing = np.zeros_like(slots)
+    plan = Plan(slots, nothing, nothing, seen, nothing, nothing, nothing, firsts, sizes, np.cumsum(sizes) - sizes)
+    shape = Shape(len(slots) + spare, int(seen.max()), 1, int(sizes.sum()) + spare, longest or int(sizes.max()))
+    canvas.send(plan, shape)
+    return canvas, canvas.tokens(canvas.plan(shape.rows), shape)
+
+
+def kept_and_queries(canvas, tokens, heads, groups, size, dtype):
+    kept = [random(13, 401, groups, size, seed=seed, dtype=dtype).transpose(1, 2) for seed in (2, 3)]
+    canvas.cache.keys, canvas.cache.values = ([each.clone()] for each in kept)
+    packed = random(1, len(tokens.slot), (heads + 2 * groups) * size, dtype=dtype)  # not contiguous
+    return kept, packed.unflatten(-1, (-1, size)).transpose(1, 2).split((heads, groups, groups), dim=1)
+
+
+@pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("query_heads", "key_heads", "size"), [(3, 3, 16), (20, 10, 32)])
-def test_rotated_keys_and_values_find_their_places(query_heads, key_heads, size, dtype, columns, rows):
-    """In the cache, by the kernel as by `BlockCache.update`."""
-    query, key, value, tables = heads_and_tables(query_heads, key_heads, size, dtype, 2)
-    kept = [random(4, key_heads, 12, size, seed=seed, dtype=dtype) for seed in (2, 3)]
-    cache = BlockCache(4, 12)
-    cache.keys, cache.values = [kept[0].clone()], [kept[1].clone()]
-    rotated, rotated_key = layers.rotate(query, key, *tables)
-    rows, columns = (None if each is None else torch.tensor(each, device=DEVICE) for each in (rows, columns))
-    cache.place(slice(2) if rows is None else rows, columns, 7 if columns is None else 12)
-    cache.update(rotated_key, value, 0)
-    assert_close(triton_kernels.fused_rotate(query, key, *tables, value, kept, rows, columns), rotated)
-    for found, expected in zip(kept, cache.of_layer(0, key), strict=True):
-        assert_close(found, expected)
+@pytest.mark.parametrize(("heads", "groups", "size"), [(3, 3, 16), (20, 10, 32)])
+def test_rotated_keys_and_values_find_their_places(heads, groups, size, dtype, spare):
+    """In the cache, by the kernel as by `BlockCache.keep`."""
+    canvas, tokens = tokens_of([3, 1, 7], [4, 0, 300], [3, 9, 2], [7, 9, 400], spare)
+    kept, (query, key, value) = kept_and_queries(canvas, tokens, heads, groups, size, dtype)
+    tables = modeling_llada.rotary_tables(tokens.column[None], size, 5e5)
+    rotated, rotated_key = layers.rotate(query, key, tables.cos, tables.sin)
+    canvas.cache.place(tokens).keep(0, rotated_key, value)
+    assert_close(triton_kernels.fused_rotate(query, key, tables.cos, tables.sin, value, kept, tokens), rotated)
+    for found, expected in zip(kept, canvas.cache.of_layer(0, key), strict=True):
+        assert_close(found[:12, :, :400], expected[:12, :, :400])  # what has no place is in any order
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -133,51 +148,75 @@ def test_gated_activation(size, dtype):
     assert_close(triton_kernels.fused_silu_product(gate, up), layers.silu_product(gate, up))
 
 
-@pytest.mark.parametrize("with_mask", [False, True], ids=["all", "masked"])
-@pytest.mark.parametrize(("batch_size", "queries", "seen"), [(1, 64, 700), (2, 3, 130), (40, 17, 64)])
+PASSES = {
+    "a_block": ([5], [300], [32], [390], 0),
+    "blocks_of_many_rows": ([*range(12)], [64] * 12, [5] * 12, [96, 130, *range(70, 80)], 0),
+    "blocks_and_whole_rows": ([3, 1, 7, 0], [70, 0, 33, 0], [17, 140, 33, 5], [90, 140, 200, 5], 3),
+}
+
+
+@pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (4, 2, 64)])
-def test_attention(batch_size, queries, seen, heads, groups, size, with_mask):
-    states = [
-        random(batch_size, length, count, size, seed=seed, dtype=NARROW).transpose(1, 2)
-        for seed, (length, count) in enumerate(((queries, heads), (seen + 5, groups), (seen + 5, groups)))
-    ]
-    query, key, value = states[0], states[1][:, :, :seen], states[2][:, :, :seen]
-    mask = None
-    if with_mask:  # of a row, whole parts of its keys
-        hidden = torch.arange(seen, device=DEVICE) < torch.arange(batch_size, device=DEVICE)[:, None] * 60 % seen
-        mask = torch.where(hidden, torch.finfo(NARROW).min, 0.0).to(NARROW)[:, None, None]
-        mask = mask.expand(-1, -1, queries, -1)
-    found = triton_kernels.fused_attention(query, key, value, mask, size**-0.5)
-    # The same keys and values in other rows of a cache.
-    rows = torch.randperm(batch_size + 2, generator=torch.Generator().manual_seed(0))[:batch_size].to(DEVICE)
-    kept = [each.new_zeros(batch_size + 2, *each.shape[1:]).index_copy_(0, rows, each) for each in (key, value)]
-    assert torch.equal(triton_kernels.fused_attention(query, *kept, mask, size**-0.5, rows), found)
-    query, key, value = (each.float() for each in (query, key, value))
-    expected = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, None if mask is None else mask.float(), enable_gqa=True
+def test_attention(name, heads, groups, size):
+    """Each token against what its own row sees, one by one."""
+    canvas, tokens = tokens_of(*PASSES[name])
+    (keys, values), (query, _, _) = kept_and_queries(canvas, tokens, heads, groups, size, NARROW)
+    found = triton_kernels.fused_attention(query, keys, values, tokens, size**-0.5)[0]
+    slots, _, sizes, seen, _ = PASSES[name]
+    firsts = np.cumsum(sizes) - sizes
+    for slot, first, count, limit in zip(slots, firsts, sizes, seen, strict=True):
+        states = query[0, :, first : first + count], keys[slot, :, :limit], values[slot, :, :limit]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            *(each.float()[None] for each in states), enable_gqa=True
+        )[0].transpose(0, 1)
+        torch.testing.assert_close(found[first : first + count].float(), expected, atol=5e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_without_the_kernel(implementation):
+    """Both put keys and values into the cache, and attend to them."""
+    passes = ([3, 1, 7, 0], [70, 0, 33, 0], [7, 30, 3, 5], [90, 40, 130, 5], 3)
+    canvas, tokens = tokens_of(*passes)
+    kept, (query, key, value) = kept_and_queries(canvas, tokens, 4, 2, 16, torch.float32)
+    tables = modeling_llada.rotary_tables(tokens.column[None], 16, 5e5)
+    module = types.SimpleNamespace(
+        config=types.SimpleNamespace(_attn_implementation=implementation),
+        layer_idx=0,
+        head_dim=16,
+        num_key_value_groups=2,
+        is_causal=False,
+        training=False,
     )
-    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=5e-3, rtol=1e-2)
+    found = layers.cached_attention(module, query, key, value, tables, canvas.cache.place(tokens))
+    rotated = triton_kernels.fused_rotate(query, key, tables.cos, tables.sin, value, kept, tokens)
+    expected = triton_kernels.fused_attention(rotated, *kept, tokens, 0.25)
+    count = sum(passes[2])
+    torch.testing.assert_close(found[:, :count], expected[:, :count], atol=2e-5, rtol=1e-5)
 
 
-def test_only_masks_that_are_alike_for_all_queries_go_to_the_kernel(monkeypatch):
+def test_which_attention_goes_to_the_kernel(monkeypatch):
     called = []
     monkeypatch.setattr(layers, "suit_kernels", lambda *tensors: True)
-    monkeypatch.setattr(layers, "fused_attention", lambda *arguments: called.append("kernel"))
-    config = types.SimpleNamespace(_attn_implementation="sdpa")
-    module = types.SimpleNamespace(config=config, num_key_value_groups=1, is_causal=False)
-    states = [random(2, 4, 3, 16, dtype=torch.bfloat16).transpose(1, 2)] * 3
+    monkeypatch.setattr(layers, "fused_attention", lambda query, *others: called.append(1) or query.transpose(1, 2))
+    canvas, tokens = tokens_of(*PASSES["a_block"])
 
-    def runs_kernel(mask):
+    def runs_kernel(implementation, dtype, size):
         called.clear()
-        layers.attend(module, *states, mask, 0.25)
+        _, (query, key, value) = kept_and_queries(canvas, tokens, 4, 2, size, dtype)
+        module = types.SimpleNamespace(
+            config=types.SimpleNamespace(_attn_implementation=implementation), layer_idx=0, head_dim=size,
+            num_key_value_groups=2, is_causal=False, training=False,
+        )  # fmt: skip
+        tables = modeling_llada.rotary_tables(tokens.column[None], size, 5e5)
+        canvas.cache.keys, canvas.cache.values = [], []
+        layers.cached_attention(module, query, key, value, tables, canvas.cache.place(tokens))
         return bool(called)
 
-    one = torch.zeros(2, 1, 1, 4, dtype=torch.bfloat16, device=DEVICE)
-    assert runs_kernel(None) and runs_kernel(one.expand(-1, -1, 4, -1))
-    assert not runs_kernel(one.repeat(1, 1, 4, 1))
-    assert not runs_kernel(one.repeat(1, 3, 1, 1).expand(-1, -1, 4, -1))
-    config._attn_implementation = "eager"
-    assert not runs_kernel(None)
+    assert runs_kernel("sdpa", NARROW, 16)
+    assert not runs_kernel("eager", NARROW, 16)
+    assert not runs_kernel("sdpa", torch.float32, 16)
+    monkeypatch.setattr(layers, "suit_kernels", lambda *tensors: False)
+    assert not runs_kernel("sdpa", NARROW, 16) and not runs_kernel("sdpa", NARROW, 24)
 
 
 @pytest.mark.parametrize("eos", [(), (5,), (5, 6)])
@@ -198,14 +237,14 @@ def test_writing_to_a_canvas(eos, block_length):
         stop = np.minimum(start + np.where(slots % 3, block_length, block_length - 1), 32)
         seen = np.minimum(starts[slots] + np.where(slots % 4, 99, 2), 32)
         nothing = np.zeros_like(slots)
-        plan = Plan(slots, nothing, start, stop, seen, nothing, nothing, nothing + number)
+        plan = Plan(slots, start, stop, seen, nothing, nothing, nothing + number, nothing, nothing, nothing)
         rows, shape = len(slots) + number % 3, (len(slots) + number % 3, block_length)
         token = torch.randint(4, 20, shape, generator=generator).to(DEVICE)
         statistics = TokenStatistics(token, torch.rand(shape, generator=generator).to(DEVICE), None, None)
         chosen = (torch.rand(shape, generator=generator) < 0.4).to(DEVICE)
         for canvas in (plain, fused):
-            canvas.send(plan, rows)
-            sent = Plan(*canvas.plan(rows))
+            canvas.send(plan, Shape(rows, 32, block_length, 0, 0))
+            sent = canvas.plan(rows)
             _, masked = canvas.block_columns(sent, block_length)
             if canvas is plain:
                 canvas.write(sent, masked, statistics, chosen & masked)

@@ -6,42 +6,34 @@ each, `settle` what a pass has changed, `advance` where a row goes on. All of th
 host is quick with hundreds of rows.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 import torch
 
-from .canvas import Plan, Report
+from .canvas import Plan, Report, Shape
 from .draws import mixed
 from .unmasking import POLICIES, SCHEDULES
-
-FREE = -1
 
 
 class Rows:
     """The rows of a canvas, arrays (S,) with an entry for each slot. Places are columns, in which the prompt begins at
     0; a row's block is `start` to `stop`, the answer's first tokens up to `decided` are final.
 
-    `request` is the number of what the row answers (`FREE`: nothing), `prompt_length` and `length` the tokens of
-    prompt and answer, `seen` where what it attends to ends, `end` where its text ends once `is_finished`. `passes`
-    counts its passes, `block_passes` those over its block. `is_complete`: nothing of its block is left to be written.
+    `request` is the number of what the row answers, `prompt_length` and `length` the tokens of prompt and answer,
+    `seen` where what it attends to ends, `end` where its text ends once `is_finished`. `passes` counts its passes,
+    `block_passes` those over its block. A slot `is_taken` by a row until it is retired, and the row `is_live` until it
+    is finished. `is_complete`: nothing of its block is left to be written. `is_changed`: since the last plan, more has
+    changed than how many passes there were.
     """
 
     def __init__(self, slots: int):
-        self.request = np.full(slots, FREE)
-        self.prompt_length, self.length, self.start, self.stop, self.seen, self.decided, self.end = (
-            np.zeros(slots, dtype=np.int64) for _ in range(7)
+        self.request, self.prompt_length, self.length, self.start, self.stop, self.seen, self.decided, self.end = (
+            np.zeros(slots, dtype=np.int64) for _ in range(8)
         )
         self.passes, self.block_passes = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
-        self.is_finished, self.is_complete = np.zeros(slots, dtype=bool), np.zeros(slots, dtype=bool)
-
-    @property
-    def is_taken(self) -> np.ndarray:
-        return self.request != FREE
-
-    @property
-    def is_live(self) -> np.ndarray:
-        return self.is_taken & ~self.is_finished
+        self.is_taken, self.is_live, self.is_finished, self.is_complete = (
+            np.zeros(slots, dtype=bool) for _ in range(4)
+        )
+        self.is_changed = False
 
     def admit(self, slots: list[int], requests: list[int], prompt_lengths: list[int], lengths: list[int]) -> None:
         """Begin with these requests, whose answers have these lengths."""
@@ -49,29 +41,24 @@ class Rows:
         self.start[slots] = self.decided[slots] = prompt_lengths
         self.seen[slots] = self.end[slots] = self.prompt_length[slots] + self.length[slots]
         self.passes[slots], self.is_finished[slots] = 0, False
+        self.is_taken[slots] = self.is_live[slots] = self.is_changed = True
 
     def finish(self, slots: np.ndarray, end: np.ndarray) -> None:
         """The text of these rows ends at these columns."""
-        self.end[slots], self.is_finished[slots] = end, True
+        self.end[slots], self.is_finished[slots], self.is_live[slots], self.is_changed = end, True, False, True
 
-
-class Part(NamedTuple):
-    """The rows of a pass, and the shapes of what it computes: of each row the `size` columns from `plan.first` on (0:
-    the first `seen`), of which `block` may be written, attending to some of the first `seen` columns."""
-
-    plan: Plan
-    size: int
-    block: int
-    seen: int
+    def retire(self, slots: np.ndarray) -> None:
+        """Leave these slots to others."""
+        self.is_taken[slots] = self.is_finished[slots] = self.is_complete[slots] = False
 
 
 class BlockSchedule:
     """A row's blocks one after the other, each until nothing of it is masked; whatever the other rows do.
 
     What a pass computes of a row is its own matter, too: the whole row without a cache, and when the keys and values
-    of others are to be renewed; else its block alone, and what else the cache wants. One pass computes as many columns
-    of each of its rows, so it takes those rows that want the same: whole rows first, as such a pass is bound by its
-    arithmetic whatever the number of its rows, and of other groups the largest. The others wait for the next pass.
+    of others are to be renewed; else its block alone, and what else the cache wants. With a cache, all live rows take
+    part in every pass, each with as many tokens as it wants: a pass over few tokens costs as much as reading the
+    weights, so two passes over some of the rows each would cost more than one over all.
 
     Args:
         block_length (`int`), unmasking (`str`): see `DiffusionGenerationConfig`.
@@ -104,48 +91,51 @@ class BlockSchedule:
         self.schedule, self.eps, self.seed = SCHEDULES[schedule], eps, seed
         self.is_drawn = schedule == "ancestral"
         self.block_counts: dict[tuple[int, int, int], list[int]] = {}
+        self.last: tuple[Plan, Shape]
 
     # --- 2. plan -----------------------------------------------------------------------------------------------------
 
-    def plan(self, rows: Rows) -> Part:
+    def plan(self, rows: Rows) -> tuple[Plan, Shape]:
         """The next pass. At least one row must be live."""
+        if not rows.is_changed:  # most passes are like the one before, and the host is quick with them
+            plan, shape = self.last
+            count = self._counts(rows, plan.slot) if self.is_scheduled else plan.quota
+            return plan._replace(quota=count, number=rows.passes[plan.slot]), shape
         slots = np.flatnonzero(rows.is_live & ~rows.is_complete)
-        sizes = self._sizes(rows, slots)
-        size = int(sizes.min()) and int(np.bincount(sizes).argmax())
-        slots = slots[sizes == size]
-        before, count = self._before(rows, slots), self._counts(rows, slots)
+        count = self._counts(rows, slots)
         if self.is_in_step:
             taken = np.flatnonzero(rows.is_taken)
             slots, is_open = taken, np.isin(taken, slots)
-            before, count = np.full(len(slots), before[0]), np.where(is_open, count.max(), 0)
-        else:
-            is_open = np.ones(len(slots), dtype=bool)
+            count = np.where(is_open, count.max(), 0)
         start, stop, seen = rows.start[slots], rows.stop[slots], rows.seen[slots]
+        first, size = self._computed(rows, slots)
+        offset = np.cumsum(size) - size
         plan = Plan(
-            slots, start - before if size else np.zeros_like(start), start, np.where(is_open, stop, start), seen,
-            count, rows.request[slots], rows.passes[slots],
+            slots, start, np.where(is_open, stop, start) if self.is_in_step else stop, seen, count,
+            rows.request[slots], rows.passes[slots], first, size, offset,
         )  # fmt: skip
         # What is behind a predicted end of the text is computed up to the end of the block, and nothing sees it.
-        return Part(plan, size, int((stop - start).max()), int(np.maximum(seen, stop).max()))
+        limit, block = int(np.maximum(seen, stop).max()), int((stop - start).max())
+        shape = Shape(len(slots), limit, block, int(offset[-1] + size[-1]), int(size.max()))
+        self.last, rows.is_changed = (plan, shape), False
+        return plan, shape
 
-    def _before(self, rows, slots):
-        """How many columns before its block a pass over less than the row computes."""
-        # The block's first token is predicted from `shift` columns before it.
-        has_previous = (rows.block_passes[slots] == 0) & (self.cache_refresh == "previous_block")
-        return self.shift + np.where(has_previous, self.block_length, 0)
-
-    def _sizes(self, rows, slots):
-        """How many columns each row wants to be computed; 0 for all of it."""
+    def _computed(self, rows, slots):
+        """From which column on how many columns of each row are computed with a cache; else nothing."""
+        start, stop, seen = rows.start[slots], rows.stop[slots], rows.seen[slots]
         if self.block_cache == "none":
-            return np.zeros(len(slots), dtype=np.int64)
-        number, start, stop = rows.block_passes[slots], rows.start[slots], rows.stop[slots]
-        is_whole = (number == 0) & ((start == rows.prompt_length[slots]) | (self.cache_refresh == "full"))
+            return np.zeros_like(start), np.zeros_like(start)
+        number = rows.block_passes[slots]
+        is_first = number == 0
+        is_whole = is_first & ((start == rows.prompt_length[slots]) | (self.cache_refresh == "full"))
         if self.interval:
             is_whole |= number % self.interval == 0
-        if self.block_cache == "prefix":  # whole blocks behind it, also where an end-of-text was predicted: few shapes
-            blocks = -(-(rows.seen[slots] - start) // self.block_length)
-            stop = np.minimum(start + blocks * self.block_length, rows.prompt_length[slots] + rows.length[slots])
-        return np.where(is_whole, 0, stop - start + self._before(rows, slots))
+        first = start - self.shift  # where the block's first token is predicted
+        if self.cache_refresh == "previous_block":
+            first = first - np.where(is_first, self.block_length, 0)
+        first = np.where(is_whole, 0, first)
+        is_long = is_whole | (self.block_cache == "prefix")
+        return first, np.where(is_long, np.maximum(seen, stop), stop) - first
 
     def _counts(self, rows, slots):
         """How many tokens a scheduled policy writes in the next pass over each row's block."""
@@ -169,16 +159,23 @@ class BlockSchedule:
 
     # --- 5. settle ---------------------------------------------------------------------------------------------------
 
-    def settle(self, rows: Rows, part: Part, report: Report) -> None:
+    def settle(self, rows: Rows, plan: Plan, report: Report) -> None:
         """What a pass has changed: each of its rows is one pass further, and may have completed its block or ended."""
-        is_open = part.plan.stop > part.plan.start
-        slots, decided, end, seen = (each[is_open] for each in (part.plan.slot, *report))
+        slots, decided, end, seen = plan.slot, *report
+        if self.is_in_step:
+            is_open = plan.stop > plan.start
+            slots, decided, end, seen = (each[is_open] for each in (slots, *report))
         rows.passes[slots] += 1
         rows.block_passes[slots] += 1
-        rows.seen[slots] = seen
-        rows.decided[slots] = np.where(end > 0, end, decided)
-        rows.is_complete[slots] = decided >= np.minimum(rows.stop[slots], seen)
-        rows.finish(slots[end > 0], end[end > 0])
+        rows.decided[slots] = decided
+        is_complete, is_end = decided >= np.minimum(rows.stop[slots], seen), end > 0
+        is_other = is_complete | is_end | (seen != rows.seen[slots])
+        if self.block_cache != "none":  # where the next pass computes something else
+            is_other |= (rows.block_passes[slots] == 1) | (self.interval is not None)
+        if self.is_in_step or is_other.any():
+            rows.seen[slots], rows.is_complete[slots], rows.is_changed = seen, is_complete, True
+            rows.decided[slots[is_end]] = end[is_end]
+            rows.finish(slots[is_end], end[is_end])
 
     # --- 8. advance --------------------------------------------------------------------------------------------------
 
@@ -186,10 +183,12 @@ class BlockSchedule:
         """Begin the block at `start` of these rows."""
         stop = rows.prompt_length[slots] + rows.length[slots]
         rows.stop[slots] = np.minimum(rows.start[slots] + self.block_length, stop)
-        rows.block_passes[slots], rows.is_complete[slots] = 0, False
+        rows.block_passes[slots], rows.is_complete[slots], rows.is_changed = 0, False, True
 
     def advance(self, rows: Rows) -> None:
         """Rows whose block is complete go on with the next one, or end where there is none."""
+        if not rows.is_changed:
+            return
         slots = np.flatnonzero(rows.is_live & rows.is_complete)
         if self.is_in_step and len(slots) < rows.is_live.sum():
             return

@@ -14,7 +14,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .block_cache import BlockCache
 from .triton_kernels import (
     HEAD_DIMS,
-    MAX_QUERIES,
     fused_attention,
     fused_rms_norm,
     fused_rotate,
@@ -130,56 +129,42 @@ def attention(
     """Attention of a layer from its projections, queries, keys and values, each (B, Q, heads * head_dim), and the
     `RotaryTables`. Returns what is to be projected back, and the weights if the implementation knows them."""
     query, key, value = (each.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for each in projected)
-    rows = None
-    if isinstance(past_key_values, BlockCache) and query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value):
-        cache = past_key_values
-        rows = None if isinstance(cache.rows, slice) else cache.rows
-        kept = cache.of_layer(module.layer_idx, key)
-        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, rows, cache.columns)
-        if suits_fused_attention(module, query, attention_mask):
-            key, value = (each[:, :, : cache.seen] for each in kept)
-        else:
-            rows, (key, value) = None, cache.read(module.layer_idx)
-    else:
-        query, key = rotate(query, key, tables.cos, tables.sin)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, module.layer_idx)
+    if isinstance(past_key_values, BlockCache):
+        return cached_attention(module, query, key, value, tables, past_key_values).flatten(2), None
+    query, key = rotate(query, key, tables.cos, tables.sin)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, plain_attention)
     scaling = module.head_dim**-0.5
-    if rows is not None:
-        return fused_attention(query, key, value, attention_mask, scaling, rows).flatten(2), None
-    mixed, weights = attend(module, query, key, value, attention_mask, scaling, **kwargs)
+    mixed, weights = function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
     return mixed.flatten(2), weights
 
 
-def attend(
+def cached_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention of `query` (B, heads, Q, head_dim) to `key` and `value` (B, groups, T, head_dim), by the
-    implementation that the config of `module` names. Returns (B, Q, heads, head_dim), and the weights (B, heads, Q, T)
-    where that implementation knows them."""
-    if suit_kernels(query, key, value) and suits_fused_attention(module, query, attention_mask):
-        return fused_attention(query, key, value, attention_mask, scaling), None
-    function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, plain_attention)
-    return function(module, query, key, value, attention_mask, dropout=0.0, scaling=scaling, **kwargs)
-
-
-def suits_fused_attention(module: nn.Module, query: torch.Tensor, attention_mask: torch.Tensor | None) -> bool:
-    """Is `fused_attention` the one for these queries (B, heads, Q, head_dim) and this mask?"""
-    masks = () if attention_mask is None else (attention_mask,)
-    return (
-        module.config._attn_implementation == "sdpa"
-        and suit_kernels(query, *masks)  # first: where it is not so, a compiler need not know the lengths
-        and query.shape[2] <= MAX_QUERIES
-        and query.shape[3] in HEAD_DIMS
-        and query.dtype.itemsize == 2
-        and all(mask.shape[1] == 1 and mask.stride(2) == 0 for mask in masks)
-    )
+    tables: RotaryTables,
+    cache: BlockCache,
+) -> torch.Tensor:
+    """Attention of the tokens of a pass, (1, heads, N, head_dim), each to what its own row sees of the cache, where
+    their keys and values are put first. Returns (1, N, heads, head_dim)."""
+    is_fused = query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value)
+    if is_fused:
+        kept = cache.of_layer(module.layer_idx, key)
+        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, cache.tokens)
+    else:
+        query, key = rotate(query, key, tables.cos, tables.sin)
+        cache.keep(module.layer_idx, key, value)
+    scaling, implementation = module.head_dim**-0.5, module.config._attn_implementation
+    if is_fused and implementation == "sdpa" and query.dtype.itemsize == 2:
+        return fused_attention(query, *kept, cache.tokens, scaling)
+    function = plain_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
+    mask, padded = cache.mask(query.dtype, query.device), cache.pad(query)
+    mask = mask.expand(-1, -1, padded.shape[2], -1)
+    keys, values = cache.read(module.layer_idx)
+    return cache.unpad(function(module, padded, keys, values, mask, dropout=0.0, scaling=scaling)[0])
 
 
 def plain_attention(

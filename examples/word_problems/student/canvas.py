@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from .block_cache import BlockCache
+from .block_cache import BlockCache, Tokens
 from .token_statistics import TokenStatistics
 from .triton_kernels import fused_write, suit_kernels
+
+MAX_TILE = 128  # tokens of a row that the kernel of attention takes at a time at most
 
 
 class Layout(NamedTuple):
@@ -33,19 +35,44 @@ class Layout(NamedTuple):
 class Plan(NamedTuple):
     """What a pass does with each of its R rows. On the host arrays (R,), on the device tensors (R,), all int64.
 
-    `slot` is the row's. `start` and `stop` are the columns between which it may be written, `first` the first one that
-    is computed, `seen` the one before which it attends to all. `quota` is how many tokens a scheduled policy writes.
-    `request` and `number`, of the row and of its pass, are what random numbers depend on.
+    `slot` is the row's. `start` and `stop` are the columns between which it may be written, `seen` the one before
+    which it attends to all. `quota` is how many tokens a scheduled policy writes. `request` and `number`, of the row
+    and of its pass, are what random numbers depend on. With a cache, `size` columns are computed from `first` on, as
+    the tokens of the pass from `offset` on (see `Tokens`); without one, all that the row sees.
     """
 
     slot: Any
-    first: Any
     start: Any
     stop: Any
     seen: Any
     quota: Any
     request: Any
     number: Any
+    first: Any
+    size: Any
+    offset: Any
+
+
+class Shape(NamedTuple):
+    """The shapes of a pass: how many `rows` it takes, `seen` columns that the rows which see most attend to, `block`
+    columns that may be written of each row. With a cache, `tokens` that are computed in all, and the `longest` run of
+    them that is one row's; else 0."""
+
+    rows: int
+    seen: int
+    block: int
+    tokens: int
+    longest: int
+
+    @property
+    def tile(self) -> int:
+        """Tokens that the kernel of attention takes at a time."""
+        return min(max(1 << (self.longest - 1).bit_length(), 16), MAX_TILE)
+
+    @property
+    def tiles(self) -> int:
+        """How many of those there may be."""
+        return self.tokens // self.tile + self.rows
 
 
 class Report(NamedTuple):
@@ -90,8 +117,13 @@ class Canvas:
         self.cache = BlockCache(*shape) if layout.is_cached else None
         self.threshold, self.seed = new(dtype=torch.float32), new()
         self.offsets = torch.arange(self.width + 1, device=layout.device)
-        self._plan, self._report = new(len(Plan._fields) * shape[0]), new(len(Report._fields) * shape[0])
-        self._sent = torch.zeros(len(self._plan), dtype=torch.long, pin_memory=layout.device.type == "cuda")
+        numbers = len(Plan._fields) * shape[0]
+        if layout.is_cached:  # slot and column of each token, and four numbers a tile
+            most = Shape(shape[0], self.width, 0, self.slots * self.width * 9 // 8 + 64, 1)
+            numbers += 2 * most.tokens + 4 * most.tiles
+        self._plan, self._report = new(numbers), new(len(Report._fields) * shape[0])
+        self._sent = torch.zeros(numbers, dtype=torch.long, pin_memory=layout.device.type == "cuda")
+        self._last: np.ndarray | None = None  # the slots of the plan that was sent last
         self.graphs = {}  # see captured_step.py
 
     @property
@@ -111,18 +143,58 @@ class Canvas:
 
     # --- what the host and the device tell each other ----------------------------------------------------------------
 
-    def send(self, plan: Plan, rows: int) -> None:
-        """Send the plan of a step that takes `rows` rows: more than the plan has are filled up with what has no
-        place. The host may go on; the plan that is sent next waits for `look`."""
-        size, count = len(plan) * rows, len(plan.slot)
-        sent = self._sent.numpy()[:size].reshape(len(plan), rows)
-        for name, place, values in zip(Plan._fields, sent, plan, strict=True):
-            place[:count], place[count:] = values, {"slot": self.slots, "seen": 1}.get(name, 0)
+    def send(self, plan: Plan, shape: Shape) -> None:
+        """Send the plan of a step. More rows, tokens and tiles than the plan has are filled up with what has no place.
+        The host may go on; the plan that is sent next waits for `look`."""
+        rows, count, sent = shape.rows, len(plan.slot), self._sent.numpy()
+        fields, size = Plan(*self._fields(sent, rows)), len(plan) * rows
+        if self._last is plan.slot:  # another pass over the same: there is little to write
+            fields.quota[:count], fields.number[:count] = plan.quota, plan.number
+        else:
+            self._last, total = plan.slot, int(plan.size.sum()) if shape.tokens else 0
+            for place, values in zip(fields, plan, strict=True):
+                place[:count], place[count:] = values, 0
+            fields.slot[count:], fields.seen[count:], fields.offset[count:] = self.slots, 1, total
+            if shape.tokens:
+                self._write_runs(self._runs(sent, shape), plan, shape, total)
+        if shape.tokens:
+            size += 2 * shape.tokens + 4 * shape.tiles
         self._plan[:size].copy_(self._sent[:size], non_blocking=True)
 
-    def plan(self, rows: int) -> torch.Tensor:
-        """The plan of a step that takes so many rows, a tensor (fields, R)."""
-        return self._plan[: len(Plan._fields) * rows].view(-1, rows)
+    def _write_runs(self, runs, plan, shape, total):
+        slot, column, tiles = runs
+        slot[:total], slot[total:] = np.repeat(plan.slot, plan.size), self.slots
+        column[:total] = np.arange(total) + np.repeat(plan.first - plan.offset, plan.size)
+        column[total:] = self.width
+        counts = -(-plan.size // shape.tile)
+        row, used = np.repeat(np.arange(len(counts)), counts), int(counts.sum())
+        begin = (np.arange(used) - np.repeat(np.cumsum(counts) - counts, counts)) * shape.tile
+        tiles[:, used:] = 0
+        tiles[0, :used], tiles[1, :used] = plan.slot[row], plan.offset[row] + begin
+        tiles[2, :used], tiles[3, :used] = np.minimum(plan.size[row] - begin, shape.tile), plan.seen[row]
+
+    @staticmethod
+    def _fields(numbers, rows):
+        """Of what is sent, the plan, (fields, R)."""
+        return numbers[: len(Plan._fields) * rows].reshape(-1, rows)
+
+    @staticmethod
+    def _runs(numbers, shape):
+        """Of what is sent, slot and column of each token, (N,), and the tiles, (4, M)."""
+        first = len(Plan._fields) * shape.rows
+        second = first + shape.tokens
+        third = second + shape.tokens
+        tiles = numbers[third : third + 4 * shape.tiles].reshape(4, -1)
+        return numbers[first:second], numbers[second:third], tiles
+
+    def plan(self, rows: int) -> Plan:
+        """The plan of a step that takes so many rows, on the device."""
+        return Plan(*self._fields(self._plan, rows))
+
+    def tokens(self, plan: Plan, shape: Shape) -> Tokens:
+        """The tokens of such a step."""
+        slot, column, tiles = self._runs(self._plan, shape)
+        return Tokens(slot, column, plan.offset, plan.size, plan.seen, tiles, shape.tile, shape.longest, shape.seen)
 
     def report(self, rows: int) -> torch.Tensor:
         """Where such a step writes its report, a tensor (fields, R)."""

@@ -19,8 +19,8 @@ from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, Pre
 from transformers.generation import BaseStreamer, LogitsProcessorList
 from transformers.utils import logging
 
-from .block_schedule import FREE, BlockSchedule, Part, Rows
-from .canvas import Canvas, Layout, Plan
+from .block_schedule import BlockSchedule, Rows
+from .canvas import MAX_TILE, Canvas, Layout, Plan, Shape
 from .captured_step import CapturedSteps
 from .draws import POSITIONS, TOKENS, uniform
 from .generation_config_diffusion import SAMPLING_FIELDS, DiffusionGenerationConfig
@@ -30,6 +30,7 @@ from .unmasking import POLICIES
 logger = logging.get_logger(__name__)
 
 ROW_BUCKET = 8  # above it, captured steps take a multiple of it of rows; below, a power of 2
+TOKEN_BUCKET = 32  # captured steps compute a multiple of it of tokens; above 256, of an eighth of a power of 2
 WIDTH_BUCKET = 32  # canvases and captured steps are as wide as a multiple of it, so that they are found again
 _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models: one pass at a time
 
@@ -59,13 +60,10 @@ class StepSettings(NamedTuple):
     """All that a step depends on beside the model and the canvas. Two steps of equal settings are the same, so these
     are also what a captured step is found by."""
 
-    rows: int
-    size: int  # columns that are computed of each row from `Plan.first` on; 0: the first `seen`
-    block: int  # columns that may be written
-    seen: int  # columns that are attended to, of the rows that see most
+    shape: Shape
     is_in_order: bool  # the rows stand in the first slots
-    is_alike: bool  # all rows see `seen` columns
-    is_aligned: bool  # blocks begin at the same of the computed columns in all rows
+    is_alike: bool  # all rows see as many columns
+    is_aligned: bool  # blocks begin at the same column in all rows
     select: Callable
     is_scheduled: bool
     draws_positions: bool
@@ -96,11 +94,11 @@ def decode_step(
         choose (callable, *optional*): `(plan, columns, masked, statistics) -> (statistics, accepted)` in place of the
             policy.
     """
-    plan = Plan(*canvas.plan(settings.rows))
+    plan = canvas.plan(settings.shape.rows)
     logits = block_logits(model, canvas, plan, settings)
     if process is not None:
         logits = process(plan, logits)
-    columns, masked = canvas.block_columns(plan, settings.block)
+    columns, masked = canvas.block_columns(plan, settings.shape.block)
     draw = partial(uniform, canvas.seed, plan.request, plan.number, columns)
     warpers, draws = None, None
     if settings.sampling is not None:
@@ -123,34 +121,38 @@ def decode_step(
 
 def block_logits(model: PreTrainedModel, canvas: Canvas, plan: Plan, settings: StepSettings) -> torch.Tensor:
     """Logits (R, K, V) that predict the blocks' positions, from one pass of the model."""
-    rows = slice(settings.rows) if settings.is_in_order else plan.slot
-    predicting = plan.start[:, None] - model.logits_shift + canvas.offsets[: settings.block]
-    arguments: dict[str, Any] = {}
-    if settings.size == 0:
-        ids, positions, columns = canvas.ids[:, : settings.seen][rows], canvas.offsets[None, : settings.seen], None
-    else:
-        positions = plan.first[:, None] + canvas.offsets[: settings.size]
-        columns = positions.clamp(max=canvas.width)
-        ids, predicting = canvas.ids[plan.slot[:, None], columns], predicting - plan.first[:, None]
-    predicting = predicting.clamp(max=ids.shape[1] - 1)  # where a block is shorter than others
-    if canvas.cache is not None:
-        arguments["past_key_values"] = canvas.cache.place(rows, columns, settings.seen)
-    mask = None if settings.is_alike else (canvas.offsets[: settings.seen] < plan.seen[:, None]).long()
+    # Where a block is shorter than others, what is behind it is predicted from anywhere.
+    predicting = plan.start[:, None] - model.logits_shift + canvas.offsets[: settings.shape.block]
+    if canvas.cache is None:
+        return _logits_of_rows(model, canvas, plan, settings, predicting.clamp(max=settings.shape.seen - 1))
+    tokens = canvas.tokens(plan, settings.shape)
+    places = torch.minimum(predicting - plan.first[:, None], plan.size[:, None] - 1) + plan.offset[:, None]
     logits = model(
-        input_ids=ids,
-        attention_mask=mask,
-        position_ids=positions,
-        logits_to_keep=predicting[0] if settings.is_aligned else predicting,
-        **arguments,
+        input_ids=canvas.ids[tokens.slot, tokens.column][None],
+        position_ids=tokens.column[None],
+        past_key_values=canvas.cache.place(tokens),
+        logits_to_keep=places.clamp(0, settings.shape.tokens - 1).flatten(),
     ).logits
-    name = type(model).__name__
-    if canvas.cache is not None and not canvas.cache.keys:
+    if not canvas.cache.keys:
+        name = type(model).__name__
         raise ValueError(f"`block_cache` needs a model that keeps `past_key_values`: {name} does not.")
+    return logits.view(*places.shape, -1)
+
+
+def _logits_of_rows(model, canvas, plan, settings, predicting):
+    """From a pass over all that the rows see, as any model can make it."""
+    rows, seen = slice(settings.shape.rows) if settings.is_in_order else plan.slot, settings.shape.seen
+    logits = model(
+        input_ids=canvas.ids[:, :seen][rows],
+        attention_mask=None if settings.is_alike else (canvas.offsets[:seen] < plan.seen[:, None]).long(),
+        position_ids=canvas.offsets[None, :seen],
+        logits_to_keep=predicting[0] if settings.is_aligned else predicting,
+    ).logits
     if logits.shape[:-1] != predicting.shape:
         raise ValueError(
-            f"`{name}.forward` returned logits of shape {tuple(logits.shape)} for `logits_to_keep` of shape "
-            f"{tuple(predicting.shape)}: where rows are at different places, it must apply its head to the positions "
-            f"(B, L) of each row."
+            f"`{type(model).__name__}.forward` returned logits of shape {tuple(logits.shape)} for `logits_to_keep` of "
+            f"shape {tuple(predicting.shape)}: where rows are at different places, it must apply its head to the "
+            f"positions (B, L) of each row."
         )
     return logits
 
@@ -214,7 +216,7 @@ class DecodingLoop:
         self.clocks, self.streamer, self.wait = list(clocks), streamer, wait
         self.device_of_answers = device if device_of_answers is None else device_of_answers
         self.layout = Layout(
-            slots, -(-width // WIDTH_BUCKET) * WIDTH_BUCKET, config.block_cache != "none", config.mask_token_id, eos,
+            slots, _multiple(width, WIDTH_BUCKET), config.block_cache != "none", config.mask_token_id, eos,
             config.eos_threshold, device,
         )  # fmt: skip
         self.waiting: deque[Prompt] = deque()
@@ -247,15 +249,15 @@ class DecodingLoop:
         prompts, ended = iter(prompts), []
         try:
             while self._admit(prompts):  # 1
-                part = self.schedule.plan(self.rows)  # 2
+                plan, shape = self.schedule.plan(self.rows)  # 2
                 try:
-                    step_rows = self._step(part)  # 3
+                    step_rows = self._step(plan, shape)  # 3
                 except torch.OutOfMemoryError as error:
                     self._begin_again_with_fewer_slots(error)
                     continue
                 yield from ended
-                report = self.canvas.look(step_rows, len(part.plan.slot))  # 4
-                self.schedule.settle(self.rows, part, report)  # 5
+                report = self.canvas.look(step_rows, shape.rows)  # 4
+                self.schedule.settle(self.rows, plan, report)  # 5
                 self._stop()  # 6
                 self._stream()  # 7
                 self.schedule.advance(self.rows)  # 8
@@ -274,7 +276,7 @@ class DecodingLoop:
 
     def _admit(self, prompts):
         """Fill free slots. Returns whether there is anything to decode."""
-        free = [] if self.is_late else np.flatnonzero(~self.rows.is_taken).tolist()
+        free = [] if self.is_late or self.rows.is_taken.all() else np.flatnonzero(~self.rows.is_taken).tolist()
         taken: list[Prompt] = []
         while len(taken) < len(free) and (prompt := self._next(prompts)) is not None:
             taken.append(prompt)
@@ -289,31 +291,29 @@ class DecodingLoop:
     def _next(self, prompts):
         return self.waiting.popleft() if self.waiting else next(prompts, None)
 
-    def _step(self, part: Part) -> int:
+    def _step(self, plan: Plan, shape: Shape) -> int:
         """Begin the pass. Returns how many rows its step takes."""
-        canvas, plan, count = self.canvas, part.plan, len(part.plan.slot)
+        canvas, count = self.canvas, shape.rows
+        is_alike, is_aligned = bool((plan.seen == shape.seen).all()), bool((plan.start == plan.start[0]).all())
         is_in_order = bool((plan.slot == np.arange(count)).all())
-        offsets = plan.start - plan.first
-        is_alike, is_aligned = bool((plan.seen == part.seen).all()), bool((offsets == offsets[0]).all())
-        rows, seen = count, part.seen
         if self.steps is not None:  # few shapes, so that graphs are found again
-            rows = min(ROW_BUCKET * -(-count // ROW_BUCKET) if count > ROW_BUCKET else 2 ** (count - 1).bit_length(),
-                       canvas.slots)  # fmt: skip
-            seen = min(-(-seen // WIDTH_BUCKET) * WIDTH_BUCKET, canvas.width)
-            is_alike, is_aligned = is_alike and (rows, seen) == (count, part.seen), False
-            is_in_order = count == rows == canvas.slots
-        settings = StepSettings(rows, part.size, part.block, seen, is_in_order, is_alike, is_aligned, *self.fixed)
+            found = bucketed(shape, canvas.slots, canvas.width)
+            is_alike, is_aligned = is_alike and found.seen == shape.seen and found.rows == count, False
+            is_in_order, shape = count == found.rows == canvas.slots, found
+        if canvas.cache is not None:
+            is_in_order = is_alike = is_aligned = False  # which does not matter there
+        settings = StepSettings(shape, is_in_order, is_alike, is_aligned, *self.fixed)
         process = None if self.process is None else partial(self.process, self)
         step = partial(decode_step, self.model, canvas, settings, process, self.choose)
         if self.wait is not None:
             self.wait()
         with _locks.setdefault(self.model, threading.RLock()), device_of(canvas):
-            canvas.send(plan, rows)
+            canvas.send(plan, shape)
             if self.steps is None:
                 step()
             else:
                 self.steps.run(canvas, settings, step)
-        return rows
+        return shape.rows
 
     def _begin_again_with_fewer_slots(self, error):
         """Rows that do not fit on the device begin once more, half as many at a time."""
@@ -336,12 +336,14 @@ class DecodingLoop:
     def _stop(self):
         """End rows whose time is over, and those that a stopping criterion ends."""
         rows = self.rows
-        live = np.flatnonzero(rows.is_live)
         self.is_late = any(clock(torch.empty(1, 0), None).any() for clock in self.clocks)
         if self.is_late:
+            live = np.flatnonzero(rows.is_live)
             rows.finish(live, rows.decided[live])
+        if self.criteria is None or not rows.is_changed:
+            return
         is_closed = rows.is_taken & (rows.is_finished | rows.is_complete)
-        if self.criteria is None or (self.schedule.is_in_step and not is_closed[rows.is_taken].all()):
+        if self.schedule.is_in_step and not is_closed[rows.is_taken].all():
             return
         slots = np.flatnonzero(is_closed)
         if not len(slots):
@@ -370,9 +372,9 @@ class DecodingLoop:
     def _retire(self):
         """A list with the answers of rows that have ended, if any; those that are kept in step end together."""
         rows, canvas = self.rows, self.canvas
-        ended = np.flatnonzero(rows.is_taken & rows.is_finished)
-        if not len(ended) or (self.schedule.is_in_step and rows.is_live.any()):
+        if not rows.is_finished.any() or (self.schedule.is_in_step and rows.is_live.any()):
             return []
+        ended = np.flatnonzero(rows.is_finished)
         state = canvas.state[:, torch.from_numpy(ended).to(canvas.state.device), : canvas.width]
         is_moved = self.device_of_answers != state.device
         state = state.to(self.device_of_answers, non_blocking=True)
@@ -380,8 +382,27 @@ class DecodingLoop:
             rows.request[ended], rows.prompt_length[ended], rows.end[ended], rows.passes[ended], state,
             torch.cuda.current_stream(canvas.state.device).record_event() if is_moved else None,
         )  # fmt: skip
-        rows.request[ended] = FREE
+        rows.retire(ended)
         return [answers]
+
+
+def bucketed(shape: Shape, slots: int, width: int) -> Shape:
+    """The next larger of the few shapes that steps are captured for, on a canvas of that many slots and columns."""
+    rows, tokens = shape.rows, shape.tokens
+    rows = min(_multiple(rows, ROW_BUCKET) if rows > ROW_BUCKET else _power_of_2(rows), slots)
+    if not tokens:
+        return shape._replace(rows=rows, seen=min(_multiple(shape.seen, WIDTH_BUCKET), width))
+    longest = _power_of_2(shape.longest) if shape.longest <= MAX_TILE else width
+    tokens = _multiple(tokens, max(TOKEN_BUCKET, _power_of_2(tokens) // 8))
+    return Shape(rows, width, shape.block, tokens, longest)
+
+
+def _multiple(number, step):
+    return -(-number // step) * step
+
+
+def _power_of_2(number):
+    return 1 << (number - 1).bit_length()
 
 
 def device_of(canvas: Canvas):

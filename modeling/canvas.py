@@ -100,6 +100,7 @@ class Canvas:
         unmasking_step, unmasking_confidence (S + 1, T + 1): see `DiffusionGenerationOutput`.
         cache: keys and values of the canvas (`BlockCache`), or None.
         threshold (), seed (): of the call.
+        numbers: what the host sent of the plan, see `send`.
         offsets (T + 1,): 0, 1, ...
     """
 
@@ -121,8 +122,8 @@ class Canvas:
         if layout.is_cached:  # slot and column of each token, and four numbers a tile
             most = Shape(shape[0], self.width, 0, self.slots * self.width * 9 // 8 + 64, 1)
             numbers += 2 * most.tokens + 4 * most.tiles
-        self._plan, self._report = new(numbers), new(len(Report._fields) * shape[0])
-        self._sent = torch.zeros(numbers, dtype=torch.long, pin_memory=layout.device.type == "cuda")
+        self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
+        self._host_numbers = torch.zeros(numbers, dtype=torch.long, pin_memory=layout.device.type == "cuda")
         self._last: np.ndarray | None = None  # the slots of the plan that was sent last
         self.graphs = {}  # see captured_step.py
 
@@ -146,7 +147,7 @@ class Canvas:
     def send(self, plan: Plan, shape: Shape) -> None:
         """Send the plan of a step. More rows, tokens and tiles than the plan has are filled up with what has no place.
         The host may go on; the plan that is sent next waits for `look`."""
-        rows, count, sent = shape.rows, len(plan.slot), self._sent.numpy()
+        rows, count, sent = shape.rows, len(plan.slot), self._host_numbers.numpy()
         fields, size = Plan(*self._fields(sent, rows)), len(plan) * rows
         if self._last is plan.slot:  # another pass over the same: there is little to write
             fields.quota[:count], fields.number[:count] = plan.quota, plan.number
@@ -159,7 +160,7 @@ class Canvas:
                 self._write_runs(self._runs(sent, shape), plan, shape, total)
         if shape.tokens:
             size += 2 * shape.tokens + 4 * shape.tiles
-        self._plan[:size].copy_(self._sent[:size], non_blocking=True)
+        self.numbers[:size].copy_(self._host_numbers[:size], non_blocking=True)
 
     def _write_runs(self, runs, plan, shape, total):
         slot, column, tiles = runs
@@ -189,11 +190,11 @@ class Canvas:
 
     def plan(self, rows: int) -> Plan:
         """The plan of a step that takes so many rows, on the device."""
-        return Plan(*self._fields(self._plan, rows))
+        return Plan(*self._fields(self.numbers, rows))
 
     def tokens(self, plan: Plan, shape: Shape) -> Tokens:
         """The tokens of such a step."""
-        slot, column, tiles = self._runs(self._plan, shape)
+        slot, column, tiles = self._runs(self.numbers, shape)
         return Tokens(slot, column, plan.offset, plan.size, plan.seen, tiles, shape.tile, shape.longest, shape.seen)
 
     def report(self, rows: int) -> torch.Tensor:

@@ -11,7 +11,7 @@ from tests.families import FAMILIES
 from tests.modeling.test_captured_step import prompts
 from tests.modeling.test_generation import EOS, MASK
 
-ANSWER, BLOCK, NEAR = 14, 6, 2e-5
+ANSWER, BLOCK, NEAR = 14, 6, 5e-6
 SETTINGS = [
     {"unmasking": "confidence_threshold", "threshold": 0.3},
     {"unmasking": "confidence_factor", "threshold": 1.6},
@@ -138,7 +138,7 @@ def test_twenty_thousand_rows(family, settings):
             assert found == row.ids[len(prompt) : len(prompt) + len(found)], prompt
             assert output.num_forward_passes == row.nfe, prompt
             compared += 1
-    assert compared > 0.97 * len(rows)
+    assert compared > 0.98 * len(rows)
     assert len({row.nfe for row in rows}) > 1 or "steps" in settings
 
 

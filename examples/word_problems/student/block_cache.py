@@ -48,11 +48,11 @@ class BlockCache(Cache):
         self.slots, self.width = slots, width
         self.keys, self.values = [], []
         self.tokens: Tokens  # of the pass, see `place`
-        self._hidden: dict = {}
+        self._once: dict = {}  # what all layers need of the pass
 
     def place(self, tokens: Tokens) -> "BlockCache":
         """The next pass computes these."""
-        self.tokens, self._hidden = tokens, {}
+        self.tokens, self._once = tokens, {}
         return self
 
     def of_layer(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,28 +79,34 @@ class BlockCache(Cache):
 
     def pad(self, query: torch.Tensor) -> torch.Tensor:
         """Queries (1, heads, N, head_dim), a row of the pass a row, (R, heads, longest, head_dim)."""
-        tokens = self.tokens
-        places = tokens.offset[:, None] + torch.arange(tokens.longest, device=tokens.offset.device)
-        return query[0][:, places.clamp(max=len(tokens.slot) - 1).to(query.device)].transpose(0, 1)
+        return query[0][:, self._padding(query.device)[0]].transpose(0, 1)
 
     def unpad(self, states: torch.Tensor) -> torch.Tensor:
         """What `pad` made rows of, (R, longest, ...), one token behind the other again, (1, N, ...)."""
-        tokens = self.tokens
-        order = torch.arange(len(tokens.slot), device=tokens.offset.device)
-        row = torch.searchsorted(tokens.offset, order, right=True) - 1
-        place = (order - tokens.offset[row]).clamp(max=tokens.longest - 1)
-        return states[row.to(states.device), place.to(states.device)][None]
+        _, row, place = self._padding(states.device)
+        return states[row, place][None]
+
+    def _padding(self, device):
+        """Of each row its tokens, (R, longest), and of each token its row and its place there, (N,)."""
+        if device not in self._once:
+            tokens = self.tokens
+            places = tokens.offset[:, None] + torch.arange(tokens.longest, device=tokens.offset.device)
+            order = torch.arange(len(tokens.slot), device=tokens.offset.device)
+            row = torch.searchsorted(tokens.offset, order, right=True) - 1
+            place = (order - tokens.offset[row]).clamp(max=tokens.longest - 1)
+            self._once[device] = [each.to(device) for each in (places.clamp(max=len(order) - 1), row, place)]
+        return self._once[device]
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """What is added to scores, (R, 1, 1, limit), so that no row of the pass attends to what it does not see."""
         key = dtype, device
-        if key not in self._hidden:
+        if key not in self._once:
             tokens = self.tokens
             columns = torch.arange(tokens.limit, device=tokens.seen.device)
             hidden = (columns >= tokens.seen[:, None]).to(device)[:, None, None]
             mask = torch.zeros_like(hidden, dtype=dtype)
-            self._hidden[key] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        return self._hidden[key]
+            self._once[key] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
+        return self._once[key]
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(

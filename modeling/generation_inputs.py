@@ -2,6 +2,7 @@
 """What `generate()` and its like are given beside their configuration, checked before any computation."""
 
 import math
+import operator
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
@@ -79,20 +80,21 @@ def check_prompt(model: PreTrainedModel, config: DiffusionGenerationConfig, prom
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.tolist()
     try:
-        ids = torch.tensor(prompt or [], dtype=None if prompt else torch.long)
-    except (TypeError, ValueError, RuntimeError):  # text, or what else is no number
-        ids = torch.zeros(())
-    if ids.ndim != 1 or ids.dtype != torch.long:
+        ids = list(map(operator.index, prompt or []))
+        is_list = not isinstance(prompt, (str, bytes)) and bool not in set(map(type, prompt or []))
+    except TypeError:  # text, or what else is no integer
+        is_list = False
+    if not is_list:
         raise ValueError(f"`{name}` is {_shortened(prompt)}: it must be a list of token ids.")
-    if not len(ids) and (model.logits_shift or config.bos_token_id is None):
+    if not ids and (model.logits_shift or config.bos_token_id is None):
         raise ValueError(f"`{name}` is empty: it must hold at least one token.")
-    ids = ids if len(ids) else torch.tensor([config.bos_token_id])
-    low, high = (int(each) for each in ids.aminmax())
+    ids = ids or [config.bos_token_id]
+    low, high = min(ids), max(ids)
     if low < 0 or high >= vocab_size:
         raise ValueError(f"`{name}` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
-    if (ids == config.mask_token_id).any():
+    if config.mask_token_id in ids:
         raise ValueError(f"`{name}` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK].")
-    return ids.tolist()
+    return ids
 
 
 def _shortened(value):

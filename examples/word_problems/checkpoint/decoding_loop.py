@@ -375,13 +375,11 @@ class DecodingLoop:
         if not rows.is_finished.any() or (self.schedule.is_in_step and rows.is_live.any()):
             return []
         ended = np.flatnonzero(rows.is_finished)
-        state = canvas.state[:, torch.from_numpy(ended).to(canvas.state.device), : canvas.width]
-        is_moved = self.device_of_answers != state.device
-        state = state.to(self.device_of_answers, non_blocking=True)
+        state, device = canvas.unload(ended, self.device_of_answers), canvas.state.device
+        arrived = None if state.device == device else torch.cuda.current_stream(device).record_event()
         answers = Answers(
-            rows.request[ended], rows.prompt_length[ended], rows.end[ended], rows.passes[ended], state,
-            torch.cuda.current_stream(canvas.state.device).record_event() if is_moved else None,
-        )  # fmt: skip
+            rows.request[ended], rows.prompt_length[ended], rows.end[ended], rows.passes[ended], state, arrived
+        )
         rows.retire(ended)
         return [answers]
 

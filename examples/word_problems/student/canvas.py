@@ -123,24 +123,44 @@ class Canvas:
             most = Shape(shape[0], self.width, 0, self.slots * self.width * 9 // 8 + 64, 1)
             numbers += 2 * most.tokens + 4 * most.tiles
         self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
-        self._host_numbers = torch.zeros(numbers, dtype=torch.long, pin_memory=layout.device.type == "cuda")
+        # On the host, from where the device copies while the host goes on. Each is written once between two looks.
+        self._host_numbers, self._host_ids, self._host_slots = (
+            torch.zeros(shape, dtype=torch.long, pin_memory=layout.device.type == "cuda")
+            for shape in (numbers, (self.slots, shape[1]), (2, self.slots))
+        )
         self._last: np.ndarray | None = None  # the slots of the plan that was sent last
         self.graphs = {}  # see captured_step.py
 
     @property
     def nbytes(self) -> int:
-        tensors = [each for each in vars(self).values() if isinstance(each, torch.Tensor)]
+        tensors = [
+            each for each in vars(self).values() if isinstance(each, torch.Tensor) and each.device == self.state.device
+        ]
         if self.cache is not None:
             tensors += (*self.cache.keys, *self.cache.values)
         return sum(tensor.nbytes for tensor in tensors)
 
     def load(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Begin with these prompts, token ids, in these slots, and nothing written."""
-        rows = np.zeros((3, len(slots), self.width + 1), dtype=np.int64)
-        rows[0], rows[1] = self.layout.mask_token_id, -1
-        for row, prompt in zip(rows[0], prompts, strict=True):
+        count, device = len(slots), self.state.device
+        rows = self._host_ids[:count].numpy()
+        rows[:] = self.layout.mask_token_id
+        for row, prompt in zip(rows, prompts, strict=True):
             row[: len(prompt)] = prompt
-        self.state[:, torch.tensor(slots).to(self.state.device)] = torch.from_numpy(rows).to(self.state.device)
+        places = self._to_device(self._host_slots[0], slots)
+        self.ids[places] = self._host_ids[:count].to(device, non_blocking=True)
+        self.unmasking_step[places], self.unmasking_confidence[places] = -1, 0.0
+
+    def unload(self, slots: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The state of these slots, (3, N, T), on a device, where it may still be under way."""
+        state = self.state[:, self._to_device(self._host_slots[1], slots), : self.width]
+        if device == state.device or device.type != "cpu":
+            return state.to(device, non_blocking=True)
+        return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
+
+    def _to_device(self, staged, slots):
+        staged[: len(slots)] = torch.as_tensor(slots)
+        return staged[: len(slots)].to(self.state.device, non_blocking=True)
 
     # --- what the host and the device tell each other ----------------------------------------------------------------
 

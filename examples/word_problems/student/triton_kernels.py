@@ -285,8 +285,9 @@ def _partial_attention(query, key, value, tiles, out, sums, maxima, groups, scal
     """The queries of one head in a tile against a part of the keys of its slot, by an online softmax to base 2."""
     part, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, heads, count = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
-    slot, first, queries = tl.load(tiles + tile), tl.load(tiles + count + tile), tl.load(tiles + 2 * count + tile)
-    seen = tl.load(tiles + 3 * count + tile)
+    slot, first = tl.load(tiles + tile), tl.load(tiles + count + tile)
+    queries = tl.load(tiles + 2 * count + tile).to(tl.int32)
+    seen = tl.load(tiles + 3 * count + tile).to(tl.int32)
     if queries == 0:
         return
     row, column, lane = tl.arange(0, ROWS), tl.arange(0, SIZE), tl.arange(0, KEYS)

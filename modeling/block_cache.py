@@ -6,13 +6,16 @@ Decoding stays close to exact all the same if only the current block is computed
 values of other positions are those of an earlier one ("Fast-dLLM", https://arxiv.org/abs/2505.22618).
 """
 
-from typing import Any, NamedTuple, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from transformers import Cache
 
 
-class Tokens(NamedTuple):
+@dataclass
+class Tokens:
     """The tokens of a pass that computes some columns of each of its R rows. Those of a row stand one behind the
     other, those of the next row follow, and behind the last row up to N is what has no place in the canvas.
 
@@ -31,6 +34,48 @@ class Tokens(NamedTuple):
     tile: int
     longest: int
     limit: int
+    _once: dict = field(default_factory=dict)  # what is the same for all layers, by its device
+
+    # --- what passes without kernels do ------------------------------------------------------------------------------
+
+    def keep(self, kept: Sequence[torch.Tensor], states: Sequence[torch.Tensor]) -> None:
+        """Put the rotated keys and the values of the pass, each (1, heads, N, head_dim), in their places in what is
+        `kept`, each (S, heads, T, head_dim)."""
+        for layer, new in zip(kept, states, strict=True):
+            layer[self.slot.to(layer.device), :, self.column.to(layer.device)] = new[0].transpose(0, 1)
+
+    def rows_of(self, kept: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Of keys and values (S, heads, T, head_dim), what the rows may attend to, (R, heads, limit, head_dim)."""
+        first = self.offset.clamp(max=len(self.slot) - 1)
+        return [layer[:, :, : self.limit][self.slot[first].to(layer.device)] for layer in kept]
+
+    def pad(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries (1, heads, N, head_dim), a row of the pass a row, (R, heads, longest, head_dim)."""
+        return query[0][:, self._padding(query.device)[0]].transpose(0, 1)
+
+    def unpad(self, states: torch.Tensor) -> torch.Tensor:
+        """What `pad` made rows of, (R, longest, ...), one token behind the other again, (1, N, ...)."""
+        _, row, place = self._padding(states.device)
+        return states[row, place][None]
+
+    def _padding(self, device):
+        """Of each row its tokens, (R, longest), and of each token its row and its place there, (N,)."""
+        if device not in self._once:
+            places = self.offset[:, None] + torch.arange(self.longest, device=self.offset.device)
+            order = torch.arange(len(self.slot), device=self.offset.device)
+            row = torch.searchsorted(self.offset, order, right=True) - 1
+            place = (order - self.offset[row]).clamp(max=self.longest - 1)
+            self._once[device] = [each.to(device) for each in (places.clamp(max=len(order) - 1), row, place)]
+        return self._once[device]
+
+    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """What is added to scores, (R, 1, longest, limit), so that no row attends to what it does not see."""
+        if (dtype, device) not in self._once:
+            columns = torch.arange(self.limit, device=self.seen.device)
+            hidden = (columns >= self.seen[:, None]).to(device)[:, None, None]
+            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
+            self._once[dtype, device] = mask.expand(-1, -1, self.longest, -1)
+        return self._once[dtype, device]
 
 
 class BlockCache(Cache):
@@ -46,13 +91,13 @@ class BlockCache(Cache):
     def __init__(self, slots: int, width: int):
         super().__init__(layers=[])
         self.slots, self.width = slots, width
-        self.keys, self.values = [], []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
         self.tokens: Tokens  # of the pass, see `place`
-        self._once: dict = {}  # what all layers need of the pass
 
     def place(self, tokens: Tokens) -> "BlockCache":
         """The next pass computes these."""
-        self.tokens, self._once = tokens, {}
+        self.tokens = tokens
         return self
 
     def of_layer(self, layer_idx: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,51 +107,6 @@ class BlockCache(Cache):
             for layers in (self.keys, self.values):
                 layers.append(like.new_zeros(self.slots, like.shape[1], self.width, like.shape[3]))
         return self.keys[layer_idx], self.values[layer_idx]
-
-    # --- without kernels ---------------------------------------------------------------------------------------------
-
-    def keep(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Put the rotated keys and the values (1, heads, N, head_dim) of the pass in their places."""
-        slot, column = (each.to(keys.device) for each in (self.tokens.slot, self.tokens.column))
-        for layer, states in zip(self.of_layer(layer_idx, keys), (keys, values), strict=True):
-            layer[slot, :, column] = states[0].transpose(0, 1)
-
-    def read(self, layer_idx: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values that the R rows of the pass may attend to, (R, heads, limit, head_dim)."""
-        keys, values = (each[layer_idx][:, :, : self.tokens.limit] for each in (self.keys, self.values))
-        slot = self.tokens.slot[self.tokens.offset.clamp(max=len(self.tokens.slot) - 1)].to(keys.device)
-        return keys[slot], values[slot]
-
-    def pad(self, query: torch.Tensor) -> torch.Tensor:
-        """Queries (1, heads, N, head_dim), a row of the pass a row, (R, heads, longest, head_dim)."""
-        return query[0][:, self._padding(query.device)[0]].transpose(0, 1)
-
-    def unpad(self, states: torch.Tensor) -> torch.Tensor:
-        """What `pad` made rows of, (R, longest, ...), one token behind the other again, (1, N, ...)."""
-        _, row, place = self._padding(states.device)
-        return states[row, place][None]
-
-    def _padding(self, device):
-        """Of each row its tokens, (R, longest), and of each token its row and its place there, (N,)."""
-        if device not in self._once:
-            tokens = self.tokens
-            places = tokens.offset[:, None] + torch.arange(tokens.longest, device=tokens.offset.device)
-            order = torch.arange(len(tokens.slot), device=tokens.offset.device)
-            row = torch.searchsorted(tokens.offset, order, right=True) - 1
-            place = (order - tokens.offset[row]).clamp(max=tokens.longest - 1)
-            self._once[device] = [each.to(device) for each in (places.clamp(max=len(order) - 1), row, place)]
-        return self._once[device]
-
-    def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What is added to scores, (R, 1, 1, limit), so that no row of the pass attends to what it does not see."""
-        key = dtype, device
-        if key not in self._once:
-            tokens = self.tokens
-            columns = torch.arange(tokens.limit, device=tokens.seen.device)
-            hidden = (columns >= tokens.seen[:, None]).to(device)[:, None, None]
-            mask = torch.zeros_like(hidden, dtype=dtype)
-            self._once[key] = mask.masked_fill_(hidden, torch.finfo(dtype).min)
-        return self._once[key]
 
     def update(self, *args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from .canvas import Canvas, Layout
+from .layers import BLOCK_SDPA
 from .packed_projections import pack_projections
 
 logger = logging.get_logger(__name__)
@@ -24,7 +25,7 @@ MAX_GRAPHS = 64  # of a canvas
 MAX_CANVASES = 16  # kept between calls, as long as they take
 MAX_MEMORY_SHARE = 0.125  # of the device, all together; the last one is kept whatever it takes
 # Attention whose launches do not depend on what the tensors hold.
-CAPTURABLE_ATTENTION = ("sdpa", "eager")
+CAPTURABLE_ATTENTION = (BLOCK_SDPA, "sdpa", "eager")
 
 _steps_of_models = weakref.WeakKeyDictionary()
 

@@ -3,23 +3,32 @@
 (`triton_kernels.py`), and else is plain PyTorch with the same rounding."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .block_cache import BlockCache
+from .block_cache import BlockCache, Tokens
 from .triton_kernels import (
     HEAD_DIMS,
+    attempt,
     fused_attention,
     fused_rms_norm,
     fused_rotate,
     fused_silu_product,
     suit_kernels,
 )
+
+# The attention of these models unless another is asked for: PyTorch's scaled dot products, and, where a pass computes
+# parts of rows against a `BlockCache`, the kernel. `attn_implementation="sdpa"` is PyTorch alone.
+BLOCK_SDPA = "block_sdpa"
+AttentionInterface.register(BLOCK_SDPA, sdpa_attention_forward)
+AttentionMaskInterface.register(BLOCK_SDPA, sdpa_mask)
 
 
 class BidirectionalPreTrainedModel(PreTrainedModel):
@@ -37,6 +46,9 @@ class BidirectionalPreTrainedModel(PreTrainedModel):
     @classmethod
     def _can_set_attn_implementation(cls):
         return True  # transformers reads the source of the model's file, and attention is called in this one
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        return super().get_correct_attn_implementation(requested_attention or BLOCK_SDPA, is_init_check)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         # `fully_shard` lays a class of PyTorch's over the model's, and transformers would save that one's code.
@@ -58,12 +70,19 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of `x`; with a residual, the sum of the two and the norm of that."""
-        if suit_kernels(x, self.weight):
-            return fused_rms_norm(x, self.weight, self.eps, residual)
-        if residual is not None:
-            total = residual + x
-            return total, self(total)
-        return self.weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype)
+        arguments = x, self.weight, self.eps, residual
+        return attempt(fused_rms_norm, rms_norm, *arguments) if suit_kernels(x, self.weight) else rms_norm(*arguments)
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None = None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """weight * x / sqrt(mean(x²) + eps), over the last dimension. With a residual of the same shape: the sum of the
+    two, and the norm of that."""
+    if residual is not None:
+        total = residual + x
+        return total, rms_norm(total, weight, eps)
+    return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def bidirectional_mask(
@@ -87,7 +106,7 @@ def bidirectional_mask(
     mask = create_bidirectional_mask(
         config, hidden_states, attention_mask, None, past_key_values, allow_is_bidirectional_skip=False
     )
-    if config._attn_implementation == "sdpa" and attention_mask.ndim == 2:
+    if config._attn_implementation in ("sdpa", BLOCK_SDPA) and attention_mask.ndim == 2:
         # Each layer would make this of a bool mask. It is the same for all queries.
         is_hidden, dtype = ~mask[:, :, :1], hidden_states.dtype
         mask = torch.zeros_like(is_hidden, dtype=dtype).masked_fill(is_hidden, torch.finfo(dtype).min)
@@ -150,21 +169,40 @@ def cached_attention(
 ) -> torch.Tensor:
     """Attention of the tokens of a pass, (1, heads, N, head_dim), each to what its own row sees of the cache, where
     their keys and values are put first. Returns (1, N, heads, head_dim)."""
+    kept, tokens = cache.of_layer(module.layer_idx, key), cache.tokens
     is_fused = query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value)
-    if is_fused:
-        kept = cache.of_layer(module.layer_idx, key)
-        query = fused_rotate(query, key, tables.cos, tables.sin, value, kept, cache.tokens)
-    else:
-        query, key = rotate(query, key, tables.cos, tables.sin)
-        cache.keep(module.layer_idx, key, value)
-    scaling, implementation = module.head_dim**-0.5, module.config._attn_implementation
-    if is_fused and implementation == "sdpa" and query.dtype.itemsize == 2:
-        return fused_attention(query, *kept, cache.tokens, scaling)
-    function = plain_attention if implementation == "eager" else ALL_ATTENTION_FUNCTIONS["sdpa"]
-    mask, padded = cache.mask(query.dtype, query.device), cache.pad(query)
-    mask = mask.expand(-1, -1, padded.shape[2], -1)
-    keys, values = cache.read(module.layer_idx)
-    return cache.unpad(function(module, padded, keys, values, mask, dropout=0.0, scaling=scaling)[0])
+    arguments = query, key, tables.cos, tables.sin, value, kept, tokens
+    query = attempt(fused_rotate, rotate_and_keep, *arguments) if is_fused else rotate_and_keep(*arguments)
+    keys, values = kept
+    attend, scaling = partial(padded_attention, module), module.head_dim**-0.5
+    if is_fused and module.config._attn_implementation == BLOCK_SDPA and query.dtype.itemsize == 2:
+        return attempt(fused_attention, attend, query, keys, values, tokens, scaling)
+    return attend(query, keys, values, tokens, scaling)
+
+
+def rotate_and_keep(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    value: torch.Tensor,
+    kept: Sequence[torch.Tensor],
+    tokens: Tokens,
+) -> torch.Tensor:
+    """Rotary embedding of queries, which are returned, and of keys, which go with the values into what is kept."""
+    query, key = rotate(query, key, cos, sin)
+    tokens.keep(kept, (key, value))
+    return query
+
+
+def padded_attention(
+    module: nn.Module, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, tokens: Tokens, scaling: float
+) -> torch.Tensor:
+    """What the kernel does, with a row of the pass a row of a batch, as PyTorch's attention wants it."""
+    function = plain_attention if module.config._attn_implementation == "eager" else sdpa_attention_forward
+    keys, values = tokens.rows_of((keys, values))
+    mask = tokens.mask(query.dtype, query.device)
+    return tokens.unpad(function(module, tokens.pad(query), keys, values, mask, dropout=0.0, scaling=scaling)[0])
 
 
 def plain_attention(
@@ -190,7 +228,13 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
     """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T,
     head_dim / 2)."""
     if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
-        return fused_rotate(query, key, cos, sin)
+        return attempt(fused_rotate, plain_rotate, query, key, cos, sin)
+    return plain_rotate(query, key, cos, sin)
+
+
+def plain_rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> Sequence[torch.Tensor]:
     rotated = []
     for x in (query, key):
         first, second = x.float().chunk(2, dim=-1)
@@ -199,8 +243,15 @@ def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch
 
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    if suit_kernels(gate, up):
-        return fused_silu_product(gate, up)
+    """silu(gate) * up."""
+    return (
+        attempt(fused_silu_product, plain_silu_product, gate, up)
+        if suit_kernels(gate, up)
+        else plain_silu_product(gate, up)
+    )
+
+
+def plain_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return nn.functional.silu(gate) * up
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from .triton_kernels import fused_token_statistics, suit_kernels
+from .triton_kernels import attempt, fused_token_statistics, suit_kernels
 
 
 class TokenStatistics(NamedTuple):
@@ -43,7 +43,13 @@ def token_statistics(
             sampled choice.
     """
     if warpers is None and suit_kernels(logits):
-        return TokenStatistics(*fused_token_statistics(logits, mask_token_id))
+        return TokenStatistics(*attempt(fused_token_statistics, plain_token_statistics, logits, mask_token_id))
+    return plain_token_statistics(logits, mask_token_id, warpers, uniform)
+
+
+def plain_token_statistics(
+    logits: torch.Tensor, mask_token_id: int, warpers: Callable | None = None, uniform: torch.Tensor | None = None
+) -> TokenStatistics:
     log_probs = logits.float().log_softmax(dim=-1)
     entropy = torch.special.entr(log_probs.exp()).sum(dim=-1)
     log_probs[..., mask_token_id] = -torch.inf

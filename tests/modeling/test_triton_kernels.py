@@ -1,6 +1,8 @@
 """The kernels against the plain functions that stand beside them: on a GPU, or, by conftest.py, in Triton's
 interpreter."""
 
+import os
+import subprocess
 import sys
 import types
 
@@ -130,12 +132,12 @@ def kept_and_queries(canvas, tokens, heads, groups, size, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(3, 3, 16), (20, 10, 32)])
 def test_rotated_keys_and_values_find_their_places(heads, groups, size, dtype, spare):
-    """In the cache, by the kernel as by `BlockCache.keep`."""
+    """In the cache, by the kernel as by `Tokens.keep`."""
     canvas, tokens = tokens_of([3, 1, 7], [4, 0, 300], [3, 9, 2], [7, 9, 400], spare)
     kept, (query, key, value) = kept_and_queries(canvas, tokens, heads, groups, size, dtype)
     tables = modeling_llada.rotary_tables(tokens.column[None], size, 5e5)
     rotated, rotated_key = layers.rotate(query, key, tables.cos, tables.sin)
-    canvas.cache.place(tokens).keep(0, rotated_key, value)
+    tokens.keep(canvas.cache.of_layer(0, key), (rotated_key, value))
     assert_close(triton_kernels.fused_rotate(query, key, tables.cos, tables.sin, value, kept, tokens), rotated)
     for found, expected in zip(kept, canvas.cache.of_layer(0, key), strict=True):
         assert_close(found[:12, :, :400], expected[:12, :, :400])  # what has no place is in any order
@@ -212,11 +214,12 @@ def test_which_attention_goes_to_the_kernel(monkeypatch):
         layers.cached_attention(module, query, key, value, tables, canvas.cache.place(tokens))
         return bool(called)
 
-    assert runs_kernel("sdpa", NARROW, 16)
+    assert runs_kernel("block_sdpa", NARROW, 16)
+    assert not runs_kernel("sdpa", NARROW, 16)
     assert not runs_kernel("eager", NARROW, 16)
-    assert not runs_kernel("sdpa", torch.float32, 16)
+    assert not runs_kernel("block_sdpa", torch.float32, 16)
     monkeypatch.setattr(layers, "suit_kernels", lambda *tensors: False)
-    assert not runs_kernel("sdpa", NARROW, 16) and not runs_kernel("sdpa", NARROW, 24)
+    assert not runs_kernel("block_sdpa", NARROW, 16)
 
 
 @pytest.mark.parametrize("eos", [(), (5,), (5, 6)])
@@ -249,12 +252,13 @@ def test_writing_to_a_canvas(eos, block_length):
             if canvas is plain:
                 canvas.write(sent, masked, statistics, chosen & masked)
             else:
-                triton_kernels.fused_write(canvas, sent, statistics, chosen & masked)
+                triton_kernels.fused_write(canvas, sent, statistics, chosen & masked, masked)
         reports = [canvas.look(rows, len(slots)) for canvas in (plain, fused)]
         for one, other in zip(*reports, strict=True):
             assert (one == other).all()
         for name in ("ids", "unmasking_step", "unmasking_confidence"):
             assert torch.equal(getattr(fused, name)[:12, :32], getattr(plain, name)[:12, :32]), name
+        assert torch.equal(fused.plan(rows).number, plain.plan(rows).number)
         report = reports[0]
         ended += (report.end > 0).sum()
         is_done = (report.decided >= np.minimum(stop, seen)) & (stop < 32)
@@ -269,3 +273,40 @@ def test_where_kernels_are_used():
     with torch.no_grad():
         assert suit(x) == torch.cuda.is_available()
         assert not suit(x, x.bfloat16()) and not suit(x.double()) and not suit(x.cpu())
+
+
+def test_a_kernel_that_fails_gives_way_to_plain_pytorch(monkeypatch, caplog):
+    """For good, with one warning; what the others do is their matter. There may be no compiler, or a GPU too small."""
+
+    def fused_rms_norm(*arguments):
+        raise RuntimeError("out of resource: shared memory")
+
+    monkeypatch.setattr(layers, "suit_kernels", lambda *tensors: True)
+    monkeypatch.setattr(layers, "fused_rms_norm", fused_rms_norm)
+    monkeypatch.setattr(triton_kernels, "failed", set())
+    norm, x = layers.RMSNorm(48, 1e-5).to(DEVICE), random(2, 5, 48)
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        for _ in range(2):
+            assert torch.equal(norm(x), layers.rms_norm(x, norm.weight, 1e-5))
+    assert caplog.text.count("The kernel fused_rms_norm failed, and plain PyTorch takes its place: out of") == 1
+    assert triton_kernels.failed == {fused_rms_norm}
+
+
+def test_one_switch_turns_kernels_off():
+    code = "from dparallel.modeling.triton_kernels import IS_ENABLED; print(IS_ENABLED)"
+    for value, expected in (("0", "False"), ("1", "True")):
+        environment = {**os.environ, "DPARALLEL_KERNELS": value}
+        assert (
+            subprocess.run(
+                [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+            ).stdout.strip()
+            == expected
+        )
+
+
+@pytest.mark.gpu
+def test_no_kernel_fails_here(family):
+    model = family.load().to("cuda", torch.bfloat16)
+    for cache in ("none", "prefix", "dual"):
+        model.generate(torch.tensor([[5, 6]], device="cuda"), max_new_tokens=40, block_cache=cache)
+    assert not triton_kernels.failed

@@ -14,7 +14,7 @@ import torch
 
 from .block_cache import BlockCache, Tokens
 from .token_statistics import TokenStatistics
-from .triton_kernels import fused_write, suit_kernels
+from .triton_kernels import attempt, fused_write, suit_kernels
 
 MAX_TILE = 128  # tokens of a row that the kernel of attention takes at a time at most
 
@@ -128,7 +128,7 @@ class Canvas:
             torch.zeros(shape, dtype=torch.long, pin_memory=layout.device.type == "cuda")
             for shape in (numbers, (self.slots, shape[1]), (2, self.slots))
         )
-        self._last: np.ndarray | None = None  # the slots of the plan that was sent last
+        self._last: Plan | None = None  # what was sent last
         self.graphs = {}  # see captured_step.py
 
     @property
@@ -167,18 +167,17 @@ class Canvas:
     def send(self, plan: Plan, shape: Shape) -> None:
         """Send the plan of a step. More rows, tokens and tiles than the plan has are filled up with what has no place.
         The host may go on; the plan that is sent next waits for `look`."""
+        last, self._last = self._last, plan
+        if last is not None and last.slot is plan.slot and last.quota is plan.quota:
+            return  # another pass over the same: the step has counted it
         rows, count, sent = shape.rows, len(plan.slot), self._host_numbers.numpy()
-        fields, size = Plan(*self._fields(sent, rows)), len(plan) * rows
-        if self._last is plan.slot:  # another pass over the same: there is little to write
-            fields.quota[:count], fields.number[:count] = plan.quota, plan.number
-        else:
-            self._last, total = plan.slot, int(plan.size.sum()) if shape.tokens else 0
-            for place, values in zip(fields, plan, strict=True):
-                place[:count], place[count:] = values, 0
-            fields.slot[count:], fields.seen[count:], fields.offset[count:] = self.slots, 1, total
-            if shape.tokens:
-                self._write_runs(self._runs(sent, shape), plan, shape, total)
+        size, total = len(plan) * rows, int(plan.size.sum()) if shape.tokens else 0
+        fields = Plan(*self._fields(sent, rows))
+        for place, values in zip(fields, plan, strict=True):
+            place[:count], place[count:] = values, 0
+        fields.slot[count:], fields.seen[count:], fields.offset[count:] = self.slots, 1, total
         if shape.tokens:
+            self._write_runs(self._runs(sent, shape), plan, shape, total)
             size += 2 * shape.tokens + 4 * shape.tiles
         self.numbers[:size].copy_(self._host_numbers[:size], non_blocking=True)
 
@@ -235,7 +234,7 @@ class Canvas:
         return columns, (columns < stop) & (self.ids[plan.slot[:, None], places] == self.layout.mask_token_id)
 
     def write(self, plan: Plan, masked: torch.Tensor, statistics: TokenStatistics, accepted: torch.Tensor) -> None:
-        """Make the accepted tokens of the blocks final, and report.
+        """Make the accepted tokens of the blocks final, report, and count the pass in the plan.
 
         Args:
             plan (`Plan`): of the step, on the device.
@@ -244,31 +243,40 @@ class Canvas:
             accepted (`torch.BoolTensor` of shape `(R, K)`): what is written of it.
         """
         if self.layout.eos_threshold is None and suit_kernels(self.unmasking_confidence):
-            return fused_write(self, plan, statistics, accepted)
-        columns, seen = plan.start[:, None] + self.offsets[: masked.shape[1]], plan.seen
-        if self.layout.eos_threshold is not None:
-            seen, masked, accepted = self._accept_predicted_end(plan, columns, masked, statistics, accepted)
-        slot, places = plan.slot[:, None], columns.where(accepted, self.width)
-        self.ids[slot, places] = statistics.token
-        self.unmasking_step[slot, places] = plan.number[:, None].expand_as(places)
-        self.unmasking_confidence[slot, places] = statistics.confidence
-        stop = torch.minimum(plan.stop, seen)
-        is_open = masked & ~accepted
-        decided = torch.where(is_open, columns, stop[:, None]).amin(dim=1)
-        end = torch.zeros_like(stop)
-        if self.eos is not None:
-            ids = self.ids[slot, columns.clamp(max=self.width)]
-            is_end = torch.isin(ids, self.eos) & (columns < decided[:, None])
-            first = torch.where(is_end, columns, self.width + 1).amin(dim=1)
-            end = torch.where(first <= self.width, first + 1, 0)
-        torch.stack((decided, end, seen), out=self.report(len(stop)))
+            attempt(fused_write, plain_write, self, plan, statistics, accepted, masked)
+        else:
+            plain_write(self, plan, statistics, accepted, masked)
 
-    def _accept_predicted_end(self, plan, columns, masked, statistics, accepted):
-        """End-of-Text Prediction: the first end-of-text of a row's block that the policy accepts, or that is likely
-        enough, is written, and the row sees nothing behind it any more."""
-        is_end = masked & torch.isin(statistics.token, self.eos)
-        is_end &= accepted | (statistics.confidence >= self.layout.eos_threshold)
-        first = torch.where(is_end, columns, self.width + 1).amin(dim=1)
-        seen = torch.minimum(plan.seen, first + 1)
-        masked = masked & (columns < seen[:, None])
-        return seen, masked, (accepted | (columns == first[:, None])) & masked
+
+def plain_write(
+    canvas: Canvas, plan: Plan, statistics: TokenStatistics, accepted: torch.Tensor, masked: torch.Tensor
+) -> None:
+    columns, seen = plan.start[:, None] + canvas.offsets[: masked.shape[1]], plan.seen
+    if canvas.layout.eos_threshold is not None:
+        seen, masked, accepted = accept_predicted_end(canvas, plan, columns, masked, statistics, accepted)
+    slot, places = plan.slot[:, None], columns.where(accepted, canvas.width)
+    canvas.ids[slot, places] = statistics.token
+    canvas.unmasking_step[slot, places] = plan.number[:, None].expand_as(places)
+    canvas.unmasking_confidence[slot, places] = statistics.confidence
+    stop = torch.minimum(plan.stop, seen)
+    is_open = masked & ~accepted
+    decided = torch.where(is_open, columns, stop[:, None]).amin(dim=1)
+    end = torch.zeros_like(stop)
+    if canvas.eos is not None:
+        ids = canvas.ids[slot, columns.clamp(max=canvas.width)]
+        is_end = torch.isin(ids, canvas.eos) & (columns < decided[:, None])
+        first = torch.where(is_end, columns, canvas.width + 1).amin(dim=1)
+        end = torch.where(first <= canvas.width, first + 1, 0)
+    torch.stack((decided, end, seen), out=canvas.report(len(stop)))
+    plan.number.add_(1)
+
+
+def accept_predicted_end(canvas, plan, columns, masked, statistics, accepted):
+    """End-of-Text Prediction: the first end-of-text of a row's block that the policy accepts, or that is likely
+    enough, is written, and the row sees nothing behind it any more."""
+    is_end = masked & torch.isin(statistics.token, canvas.eos)
+    is_end &= accepted | (statistics.confidence >= canvas.layout.eos_threshold)
+    first = torch.where(is_end, columns, canvas.width + 1).amin(dim=1)
+    seen = torch.minimum(plan.seen, first + 1)
+    masked = masked & (columns < seen[:, None])
+    return seen, masked, (accepted | (columns == first[:, None])) & masked

@@ -221,6 +221,8 @@ class DecodingLoop:
         )  # fmt: skip
         self.waiting: deque[Prompt] = deque()
         self.is_late, self.streamed = False, 0
+        self.planned: np.ndarray | None = None  # slots of the pass that `settings` are of
+        self.settings: StepSettings
         policy = POLICIES[config.unmasking]
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
@@ -293,6 +295,23 @@ class DecodingLoop:
 
     def _step(self, plan: Plan, shape: Shape) -> int:
         """Begin the pass. Returns how many rows its step takes."""
+        canvas = self.canvas
+        if self.planned is not plan.slot:  # else the pass is like the one before
+            self.planned, self.settings = plan.slot, self._settings(plan, shape)
+        process = None if self.process is None else partial(self.process, self)
+        step = partial(decode_step, self.model, canvas, self.settings, process, self.choose)
+        if self.wait is not None:
+            self.wait()
+        with _locks.setdefault(self.model, threading.RLock()), device_of(canvas):
+            canvas.send(plan, self.settings.shape)
+            if self.steps is None:
+                step()
+            else:
+                self.steps.run(canvas, self.settings, step)
+        return self.settings.shape.rows
+
+    def _settings(self, plan: Plan, shape: Shape) -> StepSettings:
+        """Of the step that makes this pass."""
         canvas, count = self.canvas, shape.rows
         is_alike, is_aligned = bool((plan.seen == shape.seen).all()), bool((plan.start == plan.start[0]).all())
         is_in_order = bool((plan.slot == np.arange(count)).all())
@@ -302,18 +321,7 @@ class DecodingLoop:
             is_in_order, shape = count == found.rows == canvas.slots, found
         if canvas.cache is not None:
             is_in_order = is_alike = is_aligned = False  # which does not matter there
-        settings = StepSettings(shape, is_in_order, is_alike, is_aligned, *self.fixed)
-        process = None if self.process is None else partial(self.process, self)
-        step = partial(decode_step, self.model, canvas, settings, process, self.choose)
-        if self.wait is not None:
-            self.wait()
-        with _locks.setdefault(self.model, threading.RLock()), device_of(canvas):
-            canvas.send(plan, shape)
-            if self.steps is None:
-                step()
-            else:
-                self.steps.run(canvas, settings, step)
-        return shape.rows
+        return StepSettings(shape, is_in_order, is_alike, is_aligned, *self.fixed)
 
     def _begin_again_with_fewer_slots(self, error):
         """Rows that do not fit on the device begin once more, half as many at a time."""

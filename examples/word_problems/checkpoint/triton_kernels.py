@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """What is between the matrix products of a step, each in one kernel: CUDA only, and without gradients.
 
-Each function has a plain twin where it is called, with the same rounding; `suit_kernels` says which one it is to be.
+Each function has a plain twin where it is called, with the same rounding. `suit_kernels` says which one it is to be,
+and `attempt` takes the twin where a kernel does not work. With `DPARALLEL_KERNELS=0` in the environment, no kernel of
+this file is used.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+import os
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +23,8 @@ except ImportError:  # PyTorch without CUDA
 logger = logging.get_logger(__name__)
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+IS_ENABLED = os.environ.get("DPARALLEL_KERNELS", "1") != "0"
+failed: set[Callable] = set()  # functions of this file that do not work on this machine
 HEAD_DIMS = (16, 32, 64, 128)  # of `fused_rotate` and `fused_attention`
 
 
@@ -34,22 +38,23 @@ def suit_kernels(*tensors: torch.Tensor) -> bool:
         and all(tensor.dtype == first.dtype for tensor in tensors)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
-        and _work_on(first.device)
+        and triton is not None
+        and IS_ENABLED
     )
 
 
-@lru_cache
-def _work_on(device) -> bool:
-    """Triton may be missing, or the compiler that it needs."""
-    if triton is None:
-        return False
-    try:
-        one = torch.ones(1, 16, device=device)
-        fused_rms_norm(one, one[0], 0.0)
-        return True
-    except Exception as error:  # of Triton, of a compiler or of the driver
-        logger.warning(f"Decoding goes without Triton kernels, since they failed: {error}")
-        return False
+def attempt(kernel: Callable, plain: Callable, *arguments: Any) -> Any:
+    """What `kernel` makes of the arguments, or `plain`, from then on, where the kernel does not compile or cannot be
+    launched: there may be no compiler for it, or the GPU may be too small."""
+    if kernel not in failed:
+        try:
+            return kernel(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # of Triton, of a compiler or of the driver
+            failed.add(kernel)
+            logger.warning(f"The kernel {kernel.__name__} failed, and plain PyTorch takes its place: {error}")
+    return plain(*arguments)
 
 
 jit = (lambda function: function) if triton is None else triton.jit
@@ -403,11 +408,12 @@ def _write(token, confidence, accepted, plan, eos, ids, unmasking_step, unmaskin
     tl.store(report + row, decided)
     tl.store(report + rows + row, end)
     tl.store(report + 2 * rows + row, seen)
+    tl.store(plan + 6 * rows + row, number + 1)
 
 
-def fused_write(canvas: Any, plan: Any, statistics: Any, accepted: torch.Tensor) -> None:
-    """`Canvas.write`, where no end-of-text is predicted. A program reads what it overwrites: one warp, so that none is
-    ahead of another."""
+def fused_write(canvas: Any, plan: Any, statistics: Any, accepted: torch.Tensor, masked: torch.Tensor) -> None:
+    """`Canvas.write`, where no end-of-text is predicted; what is `masked` it finds itself. A program reads what it
+    overwrites: one warp, so that none is ahead of another."""
     eos, (rows, length) = canvas.eos, accepted.shape
     _write[rows,](
         statistics.token.contiguous(), statistics.confidence.contiguous(), accepted.contiguous(), plan.slot,

@@ -6,7 +6,7 @@ What a pass does with which row is a plan, a few numbers a row, which the host s
 is a report of a few numbers a row, which the host reads after it. So a step can be captured once and replayed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,9 +85,18 @@ class Report(NamedTuple):
 
 
 def taken_apart(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of the state of rows (3, N, T), int64: their tokens and the passes that wrote them, int64, and their
+    """Views of the state of rows (N, 3, T), int64: their tokens and the passes that wrote them, int64, and their
     confidences, float32, each (N, T)."""
-    return state[0], state[1], state[2].view(torch.float32)[:, ::2]
+    return state[:, 0], state[:, 1], state[:, 2].view(torch.float32)[:, ::2]
+
+
+def runs_of(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where runs of consecutive slots begin and end in a sequence of them."""
+    begin = 0
+    for end in range(1, len(slots) + 1):
+        if end == len(slots) or slots[end] != slots[end - 1] + 1:
+            yield begin, end
+            begin = end
 
 
 class Canvas:
@@ -95,7 +104,7 @@ class Canvas:
     place: rows that fill up a captured step, and positions behind a short block.
 
     Attributes:
-        state (3, S + 1, T + 1): of all rows, see `taken_apart`.
+        state (S + 1, 3, T + 1): of all rows, see `taken_apart`.
         ids (S + 1, T + 1): the tokens.
         unmasking_step, unmasking_confidence (S + 1, T + 1): see `DiffusionGenerationOutput`.
         cache: keys and values of the canvas (`BlockCache`), or None.
@@ -113,7 +122,7 @@ class Canvas:
             return torch.zeros(shape, dtype=dtype, device=layout.device)
 
         self.eos = torch.tensor(layout.eos, device=layout.device) if layout.eos else None
-        self.state = new(3, *shape)  # one tensor, so that rows come and go in one copy
+        self.state = new(shape[0], 3, shape[1])  # one tensor, so that a row comes and goes in one copy
         self.ids, self.unmasking_step, self.unmasking_confidence = taken_apart(self.state)
         self.cache = BlockCache(*shape) if layout.is_cached else None
         self.threshold, self.seed = new(dtype=torch.float32), new()
@@ -124,10 +133,10 @@ class Canvas:
             numbers += 2 * most.tokens + 4 * most.tiles
         self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
         # On the host, from where the device copies while the host goes on. Each is written once between two looks.
-        self._host_numbers, self._host_ids, self._host_slots = (
-            torch.zeros(shape, dtype=torch.long, pin_memory=layout.device.type == "cuda")
-            for shape in (numbers, (self.slots, shape[1]), (2, self.slots))
-        )
+        is_pinned = layout.device.type == "cuda"
+        self._host_numbers = torch.zeros(numbers, dtype=torch.long, pin_memory=is_pinned)
+        self._host_state = torch.zeros(self.slots, 3, shape[1], dtype=torch.long, pin_memory=is_pinned)
+        self._host_state[:, 1] = -1
         self._last: Plan | None = None  # what was sent last
         self.graphs = {}  # see captured_step.py
 
@@ -142,25 +151,22 @@ class Canvas:
 
     def load(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Begin with these prompts, token ids, in these slots, and nothing written."""
-        count, device = len(slots), self.state.device
-        rows = self._host_ids[:count].numpy()
-        rows[:] = self.layout.mask_token_id
-        for row, prompt in zip(rows, prompts, strict=True):
-            row[: len(prompt)] = prompt
-        places = self._to_device(self._host_slots[0], slots)
-        self.ids[places] = self._host_ids[:count].to(device, non_blocking=True)
-        self.unmasking_step[places], self.unmasking_confidence[places] = -1, 0.0
+        staged = self._host_state.numpy()
+        staged[: len(slots), 0] = self.layout.mask_token_id
+        for row, prompt in zip(staged, prompts, strict=False):
+            row[0, : len(prompt)] = prompt
+        for begin, end in runs_of(slots):
+            place = slice(slots[begin], slots[begin] + end - begin)
+            self.state[place].copy_(self._host_state[begin:end], non_blocking=True)
 
     def unload(self, slots: Sequence[int], device: torch.device) -> torch.Tensor:
-        """The state of these slots, (3, N, T), on a device, where it may still be under way."""
-        state = self.state[:, self._to_device(self._host_slots[1], slots), : self.width]
-        if device == state.device or device.type != "cpu":
-            return state.to(device, non_blocking=True)
-        return torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
-
-    def _to_device(self, staged, slots):
-        staged[: len(slots)] = torch.as_tensor(slots)
-        return staged[: len(slots)].to(self.state.device, non_blocking=True)
+        """The state of these slots, (N, 3, T + 1), on a device, where it may still be under way."""
+        is_pinned = device.type == "cpu" and self.state.is_cuda
+        state = torch.empty(len(slots), *self.state.shape[1:], dtype=torch.long, device=device, pin_memory=is_pinned)
+        for begin, end in runs_of(slots):
+            place = slice(slots[begin], slots[begin] + end - begin)
+            state[begin:end].copy_(self.state[place], non_blocking=True)
+        return state
 
     # --- what the host and the device tell each other ----------------------------------------------------------------
 
@@ -172,11 +178,13 @@ class Canvas:
             return  # another pass over the same: the step has counted it
         rows, count, sent = shape.rows, len(plan.slot), self._host_numbers.numpy()
         size, total = len(plan) * rows, int(plan.size.sum()) if shape.tokens else 0
-        fields = Plan(*self._fields(sent, rows))
-        for place, values in zip(fields, plan, strict=True):
-            place[:count], place[count:] = values, 0
-        fields.slot[count:], fields.seen[count:], fields.offset[count:] = self.slots, 1, total
-        if shape.tokens:
+        fields = self._fields(sent, rows)
+        fields[:, :count] = plan
+        if count < rows:
+            fields[:, count:] = 0
+            filled = Plan(*fields[:, count:])
+            filled.slot[:], filled.seen[:], filled.offset[:] = self.slots, 1, total
+        if shape.tokens and (last is None or last.slot is not plan.slot):
             self._write_runs(self._runs(sent, shape), plan, shape, total)
             size += 2 * shape.tokens + 4 * shape.tiles
         self.numbers[:size].copy_(self._host_numbers[:size], non_blocking=True)

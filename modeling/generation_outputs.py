@@ -97,14 +97,15 @@ def to_outputs(
     if part.arrived is not None:
         part.arrived.synchronize()
     ids, steps, confidences = (each.numpy() for each in taken_apart(part.state))
-    columns = np.arange(ids.shape[1])
-    is_end = np.isin(ids, _eos_of(config)) & (columns >= part.prompt_lengths[:, None])
-    text_ends = np.minimum(np.where(is_end, columns + 1, part.ends[:, None]).min(axis=1), part.ends)
-    ends = text_ends if config.stop_at_eos else part.ends
-    is_broken = np.isnan(confidences).any(axis=1)
+    text_ends = part.ends
+    if not config.stop_at_eos:  # else they are behind the end-of-text
+        columns = np.arange(ids.shape[1])
+        is_end = np.isin(ids, _eos_of(config)) & (columns >= part.prompt_lengths[:, None])
+        text_ends = np.minimum(np.where(is_end, columns + 1, part.ends[:, None]).min(axis=1), part.ends)
+    is_broken = np.isnan(confidences[:, :-1]).any(axis=1)
     warn_of_broken_rows((part.requests[is_broken] // count).tolist())
     for i, request in enumerate(part.requests.tolist()):
-        text, passes = slice(part.prompt_lengths[i], ends[i]), int(part.passes[i])
+        text, passes = slice(part.prompt_lengths[i], part.ends[i]), int(part.passes[i])
         yield DiffusionRequestOutput(
             request_id(request, count),
             prompt_ids=begun.pop(request).ids,

@@ -100,7 +100,9 @@ class BlockSchedule:
         if not rows.is_changed:  # most passes are like the one before, and the host is quick with them
             plan, shape = self.last
             count = self._counts(rows, plan.slot) if self.is_scheduled else plan.quota
-            return plan._replace(quota=count, number=rows.passes[plan.slot]), shape
+            count = plan.quota if (count == plan.quota).all() else count
+            self.last = plan._replace(quota=count, number=rows.passes[plan.slot]), shape
+            return self.last
         slots = np.flatnonzero(rows.is_live & ~rows.is_complete)
         count = self._counts(rows, slots)
         if self.is_in_step:

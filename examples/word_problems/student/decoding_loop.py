@@ -45,7 +45,7 @@ class Prompt(NamedTuple):
 
 class Answers(NamedTuple):
     """Of N rows that have ended at the same time: arrays (N,) of their requests, the lengths of their prompts, the
-    columns where their texts end and their passes, and a tensor (3, N, T) of their tokens, steps and confidences (see
+    columns where their texts end and their passes, and a tensor (N, 3, T) of their tokens, steps and confidences (see
     `taken_apart`). Once `arrived`, if that is an event and not None, it can be read."""
 
     requests: np.ndarray
@@ -383,7 +383,7 @@ class DecodingLoop:
         if not rows.is_finished.any() or (self.schedule.is_in_step and rows.is_live.any()):
             return []
         ended = np.flatnonzero(rows.is_finished)
-        state, device = canvas.unload(ended, self.device_of_answers), canvas.state.device
+        state, device = canvas.unload(ended.tolist(), self.device_of_answers), canvas.state.device
         arrived = None if state.device == device else torch.cuda.current_stream(device).record_event()
         answers = Answers(
             rows.request[ended], rows.prompt_length[ended], rows.end[ended], rows.passes[ended], state, arrived

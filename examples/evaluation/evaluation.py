@@ -49,7 +49,8 @@ def evaluate_task(
     """Answer the questions of a benchmark with `model.generate(**decoding)`, on all processes of `accelerate launch`.
 
     Answers are saved as they come, in `output_dir/answers`: after a kill, the same call goes on with the missing ones,
-    and what it writes is equal to that of an unbroken run, byte for byte. Out come, in `output_dir`,
+    and what it writes is equal to that of an unbroken run, byte for byte; in bfloat16 if `batch_size` and `shard_size`
+    stay as they were, since rounding depends on what is answered together. Out come, in `output_dir`,
 
     - `results.json`: a list `measurements` with the one that is returned, as model cards read it;
     - `samples.jsonl`: a line for each question with `example_id`, `prompt`, `response`, `num_forward_passes`,

@@ -68,6 +68,27 @@ def test_equals_generate(family, model, settings, cache):
     assert len({output.num_forward_passes for output in outputs.values()}) > 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "cache"),
+    [(settings, {}) for settings in SETTINGS if settings not in DRAWN] + [(SETTINGS[0], cache) for cache in CACHES],
+    ids=name_of,
+)
+def test_two_hundred_prompts_alone(family, model, settings, cache):
+    """In `generate_batch`, all at a time in `generate`, and one by one."""
+    rows = prompts(200, seed=16, longest=61)
+    settings = settings | cache | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": list(family.frequent)}
+    settings |= {"pad_token_id": EOS, "return_dict_in_generate": True}
+    outputs, (ids, mask) = model.generate_batch(rows, max_batch_size=7, **settings), padded(rows)
+    assert_equal(outputs, model.generate(ids, attention_mask=mask, **settings), ids.shape[1])
+    for row, output in zip(rows, outputs.values(), strict=True):
+        alone = model.generate(torch.tensor([row]), **settings)
+        assert (
+            output.generated_tokens == alone.sequences[0, len(row) : len(row) + len(output.generated_tokens)].tolist()
+        )
+        assert output.num_forward_passes == alone.num_forward_passes.item()
+
+
 def test_equals_generate_with_a_filter(family, model):
     rows = prompts(20, seed=7)
     torch.manual_seed(0)

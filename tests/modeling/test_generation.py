@@ -137,18 +137,18 @@ POLICY_SETTINGS = [
 
 @pytest.mark.parametrize("settings", POLICY_SETTINGS, ids=lambda s: "-".join(map(str, s.values())))
 def test_batch_equals_single(family, model, settings):
-    """100 prompts of mixed lengths: each row has the tokens and passes it has alone, whatever its neighbours do."""
+    """40 prompts of mixed lengths: each row has the tokens and passes it has alone, whatever its neighbours do."""
     generator = torch.Generator().manual_seed(3)
-    lengths = torch.randint(1, 40, (100,), generator=generator).tolist()
+    lengths = torch.randint(1, 40, (40,), generator=generator).tolist()
     rows = [torch.randint(0, 317, (length,), generator=generator).tolist() for length in lengths]
     # Two frequent tokens of these answers stand for end-of-text, so that rows end at different times.
     settings = settings | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": list(family.frequent)}
     singles = [model.generate(torch.tensor([row]), return_dict_in_generate=True, **settings) for row in rows]
     ends = set()
-    for first in range(0, 100, 25):
-        ids, mask = padded_batch(rows[first : first + 25])
+    for first in range(0, 40, 20):
+        ids, mask = padded_batch(rows[first : first + 20])
         batch = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **settings)
-        for i, single in enumerate(singles[first : first + 25]):
+        for i, single in enumerate(singles[first : first + 20]):
             assert batch.sequences[i, ids.shape[1] :].tolist() == single.sequences[0, -20:].tolist()
             assert batch.num_forward_passes[i] == single.num_forward_passes[0]
             assert batch.unmasking_step[i].tolist() == single.unmasking_step[0].tolist()
@@ -713,6 +713,9 @@ def test_ignored_numbers_are_mentioned(model, prompt, caplog, monkeypatch):
         with caplog.at_level(logging.WARNING):
             model.generate(prompt, max_new_tokens=4, **settings)
         assert sum(f"`{name}` is ignored" in record.getMessage() for record in caplog.records) == 1
+    caplog.clear()
+    model.generate_batch([[5]], max_new_tokens=4, unmasking="confidence_threshold", steps=4)
+    assert "`steps` is ignored" in caplog.text
     caplog.clear()
     monkeypatch.setattr(model.generation_config, "steps", 4)  # of the checkpoint: nobody asked for it
     model.generate(prompt, max_new_tokens=4, unmasking="confidence_threshold")

@@ -12,7 +12,14 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 
 from .decoding_loop import Prompt
 from .generation_config_diffusion import require
-from .generation_inputs import answer_length, arguments_of_peft, check_adapter, check_objects, check_prompt
+from .generation_inputs import (
+    answer_length,
+    arguments_of_peft,
+    check_adapter,
+    check_objects,
+    check_prompt,
+    warn_of_ignored,
+)
 from .generation_outputs import DiffusionRequestOutput, failed_output, to_outputs
 from .logits_processing import process_columns
 from .stopping import ends_row_by_row
@@ -123,6 +130,7 @@ class BatchGenerationMixin(GenerationMixin):
                 before any computation.
         """
         config = self.resolve_generation_config(generation_config, unmasking_filter, **kwargs)
+        warn_of_ignored(config, generation_config, kwargs)
         ok = isinstance(max_batch_size, int) and not isinstance(max_batch_size, bool) and max_batch_size >= 1
         require(ok, "max_batch_size", max_batch_size, "an integer of at least 1")
         ok = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, dict, torch.Tensor))

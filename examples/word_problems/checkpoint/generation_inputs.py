@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .generation_config_diffusion import DEFAULT_MAX_NEW_TOKENS, DiffusionGenerationConfig, require
+
+logger = logging.get_logger(__name__)
 
 
 def check_inputs(
@@ -137,6 +140,13 @@ def check_adapter(model: PreTrainedModel, given_by_hooks: set[str]) -> None:
             f"The adapter is of the kind {kind}, which `generate()` does not support: it must be one that changes "
             f"weights in all positions, such as LoRA."
         )
+
+
+def warn_of_ignored(config: DiffusionGenerationConfig, given: Any, arguments: Mapping[str, Any]) -> None:
+    """Warn of what was given by a configuration or as an argument and has no effect."""
+    for name, why in config.ignored().items():
+        if name in arguments or getattr(given, name, None) is not None:
+            logger.warning(f"`{name}` is ignored: {why}.")
 
 
 def check_objects(logits_processor: Any, stopping_criteria: Any, streamer: Any, generator: Any) -> None:

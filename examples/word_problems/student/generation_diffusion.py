@@ -42,6 +42,7 @@ from .generation_inputs import (
     check_inputs,
     check_objects,
     find_filter,
+    warn_of_ignored,
 )
 from .generation_outputs import DiffusionGenerationOutput, warn_of_broken_rows
 from .logits_processing import check_processors, is_positionwise, process_columns, process_positions
@@ -227,7 +228,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         """
         given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask")}
         config = self.resolve_generation_config(generation_config, unmasking_filter, **kwargs)
-        _warn_of_ignored(config, generation_config, kwargs)
+        warn_of_ignored(config, generation_config, kwargs)
         input_ids, mask = (each.to(self.device) for each in check_inputs(self, config, inputs, **given))
         config.max_new_tokens = answer_length(self, config, input_ids.shape[1])
         config.max_length = input_ids.shape[1] + config.max_new_tokens
@@ -389,12 +390,6 @@ class _Wait:
         while self.is_needed and is_done and self.model._has_unfinished_sequences(True, True, self.model.device):
             ids = torch.full((1, 1), self.model.config.mask_token_id, device=self.model.device)
             self.model(input_ids=ids)  # only so that the other processes can gather their weights
-
-
-def _warn_of_ignored(config, given, arguments):
-    for name, why in config.ignored().items():
-        if name in arguments or getattr(given, name, None) is not None:
-            logger.warning(f"`{name}` is ignored: {why}.")
 
 
 def _process_at_once(processors, loop, plan, logits):

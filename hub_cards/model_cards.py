@@ -14,6 +14,7 @@ from dparallel.modeling import POLICIES
 from .card_metadata import as_list, check_card_metadata
 from .hub_ids import is_hub_id
 from .measurements import RESULTS_FILE, eval_results, load_measurements
+from .model_families import FAMILIES, Paper
 from .requirements import PACKAGE, from_sources, install_command, needs_python
 
 logger = logging.get_logger(__name__)
@@ -21,7 +22,6 @@ logger = logging.get_logger(__name__)
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TRAINING_FILE = "training.json"  # what trainers leave beside their models
 TAGS = ["diffusion", "dllm", "dparallel"]
-FAMILIES = {"llada": "LLaDA's architecture", "Dream": "Dream's architecture"}
 DECODING_FIELDS = (
     "unmasking", "threshold", "steps", "schedule", "block_length", "max_new_tokens", "block_cache",
     "cache_refresh", "cache_refresh_interval", "stop_at_eos", "eos_threshold",
@@ -32,21 +32,12 @@ LIMITATIONS = (
     "caches are approximations: measure on your own task.",
 )
 PAPERS = {
-    "dparallel": (
+    "dparallel": Paper(
         "dParallel: Learnable Parallel Decoding for dLLMs", "2509.26488",
         "Chen, Zigeng and Fang, Gongfan and Ma, Xinyin and Yu, Ruonan and Wang, Xinchao",
     ),
-    "llada": (
-        "Large Language Diffusion Models", "2502.09992",
-        "Nie, Shen and Zhu, Fengqi and You, Zebin and Zhang, Xiaolu and Ou, Jingyang and Hu, Jun and Zhou, Jun and "
-        "Lin, Yankai and Wen, Ji-Rong and Li, Chongxuan",
-    ),
-    "Dream": (
-        "Dream 7B: Diffusion Large Language Models", "2508.15487",
-        "Ye, Jiacheng and Xie, Zhihui and Zheng, Lin and Gao, Jiahui and Wu, Zirui and Jiang, Xin and Li, Zhenguo and "
-        "Kong, Lingpeng",
-    ),
-    "learn2pd": (
+    **{name: family.paper for name, family in FAMILIES.items()},
+    "learn2pd": Paper(
         "Learning to Parallel: Accelerating Diffusion Large Language Models via Learnable Parallel Decoding",
         "2509.25188", "Bao, Wenrui and Chen, Zhiben and Xu, Dan and Shang, Yuzhang",
     ),
@@ -129,7 +120,9 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=repo_id.split("/")[-1],
         what=what,
-        architecture=FAMILIES.get(family, family or "its base model's architecture"),
+        architecture=FAMILIES[family].architecture
+        if family in FAMILIES
+        else family or "its base model's architecture",
         parameters=_in_words(count),
         is_adapter=is_adapter,
         python=needs_python(),

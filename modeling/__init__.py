@@ -7,10 +7,12 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
+from .configuration_sdar import SDARConfig
 from .generation_config_diffusion import DiffusionGenerationConfig
 from .generation_diffusion import DiffusionGenerationMixin, DiffusionGenerationOutput
 from .modeling_dream import DreamBaseModel, DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
+from .modeling_sdar import SDARForCausalLM, SDARModel
 from .token_statistics import TokenStatistics, token_statistics
 from .tokenization_dream import DreamTokenizer
 from .unmasking import POLICIES, SCHEDULES
@@ -29,6 +31,9 @@ __all__ = [
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "SDARModel",
     "TokenStatistics",
     "UnmaskingFilter",
     "UnmaskingFilterConfig",
@@ -41,7 +46,7 @@ try:
 except PackageNotFoundError:  # a checkout that is not installed
     __version__ = "0+unknown"
 
-for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+for config, model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel), (SDARConfig, SDARForCausalLM)):
     AutoConfig.register(config.model_type, config)
     AutoModel.register(config, model)
     AutoModelForCausalLM.register(config, model)

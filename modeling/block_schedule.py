@@ -11,7 +11,7 @@ import torch
 
 from .canvas import Plan, Report, Shape
 from .draws import mixed
-from .unmasking import POLICIES, SCHEDULES
+from .unmasking import POLICIES, SCHEDULES, even_schedule
 
 
 class Rows:
@@ -64,8 +64,10 @@ class BlockSchedule:
         block_length (`int`), unmasking (`str`): see `DiffusionGenerationConfig`.
         logits_shift (`int`): of the model.
         seed (`int`): of what is drawn.
+        block_causal_length (`int`, *optional*): of the model. Blocks then count from the row's first token, so that
+            the first one may begin with the end of the prompt.
         block_cache, cache_refresh (`str`), cache_refresh_interval (`int`, *optional*), schedule (`str`), steps (`int`,
-            *optional*), eps (`float`): see `DiffusionGenerationConfig`.
+            *optional*), steps_per_block (`int`, *optional*), eps (`float`): see `DiffusionGenerationConfig`.
         is_in_step (`bool`): all rows begin a block together, and all take part in each pass, whether they have ended
             or not: for what counts on rows of the same length.
     """
@@ -77,20 +79,24 @@ class BlockSchedule:
         unmasking: str,
         logits_shift: int,
         seed: int,
+        block_causal_length: int | None = None,
         block_cache: str = "none",
         cache_refresh: str = "full",
         cache_refresh_interval: int | None = None,
         schedule: str = "even",
         steps: int | None = None,
+        steps_per_block: int | None = None,
         eps: float = 1e-3,
         is_in_step: bool = False,
     ):
         self.block_length, self.block_cache, self.cache_refresh = block_length, block_cache, cache_refresh
         self.interval, self.shift, self.is_in_step = cache_refresh_interval, logits_shift, is_in_step
-        self.is_scheduled, self.steps = POLICIES[unmasking].is_scheduled, steps
+        self.grid, self.steps, self.steps_per_block = block_causal_length, steps, steps_per_block
+        policy = POLICIES[unmasking]
+        self.has_quota = policy.is_scheduled or (policy.takes_count and steps_per_block is not None)
         self.schedule, self.eps, self.seed = SCHEDULES[schedule], eps, seed
         self.is_drawn = schedule == "ancestral"
-        self.block_counts: dict[tuple[int, int, int], list[int]] = {}
+        self.block_counts: dict[tuple[int, int, int, int], list[int]] = {}
         self.last: tuple[Plan, Shape]
 
     # --- 2. plan -----------------------------------------------------------------------------------------------------
@@ -99,7 +105,7 @@ class BlockSchedule:
         """The next pass. At least one row must be live."""
         if not rows.is_changed:  # most passes are like the one before, and the host is quick with them
             plan, shape = self.last
-            count = self._counts(rows, plan.slot) if self.is_scheduled else plan.quota
+            count = self._counts(rows, plan.slot) if self.has_quota else plan.quota
             count = plan.quota if (count == plan.quota).all() else count
             self.last = plan._replace(quota=count, number=rows.passes[plan.slot]), shape
             return self.last
@@ -107,8 +113,8 @@ class BlockSchedule:
         count = self._counts(rows, slots)
         if self.is_in_step:
             taken = np.flatnonzero(rows.is_taken)
-            slots, is_open = taken, np.isin(taken, slots)
-            count = np.where(is_open, count.max(), 0)
+            is_open = np.isin(taken, slots)
+            slots, count = taken, np.bincount(np.flatnonzero(is_open), count, len(taken)).astype(np.int64)
         start, stop, seen = rows.start[slots], rows.stop[slots], rows.seen[slots]
         first, size = self._computed(rows, slots)
         offset = np.cumsum(size) - size
@@ -129,6 +135,11 @@ class BlockSchedule:
             return np.zeros_like(start), np.zeros_like(start)
         number = rows.block_passes[slots]
         is_first = number == 0
+        if self.block_cache == "exact":  # keys and values of a block are final once it has been computed complete
+            begin = start // self.block_length * self.block_length
+            begin = np.where(is_first, np.maximum(begin - self.block_length, 0), np.minimum(begin, start - self.shift))
+            begin = np.where(is_first & (start == rows.prompt_length[slots]), 0, begin)
+            return begin, stop - begin
         is_whole = is_first & ((start == rows.prompt_length[slots]) | (self.cache_refresh == "full"))
         if self.interval:
             is_whole |= number % self.interval == 0
@@ -140,22 +151,31 @@ class BlockSchedule:
         return first, np.where(is_long, np.maximum(seen, stop), stop) - first
 
     def _counts(self, rows, slots):
-        """How many tokens a scheduled policy writes in the next pass over each row's block."""
+        """How many tokens the next pass over each row's block writes, by the schedule, or at least."""
         counts = np.zeros(len(slots), dtype=np.int64)
-        for i, slot in enumerate(slots if self.is_scheduled else ()):
-            block = int(rows.start[slot] - rows.prompt_length[slot]) // self.block_length
-            key = (int(rows.length[slot]), block, int(rows.request[slot]) if self.is_drawn else 0)
+        for i, slot in enumerate(slots if self.has_quota else ()):
+            begin = int(rows.start[slot] - rows.prompt_length[slot])
+            masks = int(rows.stop[slot] - rows.start[slot])
+            key = (int(rows.length[slot]), begin, masks, int(rows.request[slot]) if self.is_drawn else 0)
             if key not in self.block_counts:
                 self.block_counts[key] = self._count_block(*key)
             counts[i] = self.block_counts[key][rows.block_passes[slot]]
         return counts
 
-    def _count_block(self, length, block, request):
-        """How many tokens each pass over a block of an answer of this length writes."""
-        blocks = -(-length // self.block_length)
-        masks = min(self.block_length, length - block * self.block_length)
+    def _count_block(self, length, begin, masks, request):
+        """How many tokens each pass over a block writes, of which so many are masked, from this one of the answer's
+        tokens on."""
         steps = length if self.steps is None else self.steps
-        steps = max(steps // blocks + (block < steps % blocks), 1)
+        if self.steps_per_block is not None:
+            counts = even_schedule(self.block_length, min(self.steps_per_block, self.block_length))
+            written = np.minimum(np.cumsum(counts), masks)
+            return [count for count in np.diff(written, prepend=0).tolist() if count]
+        if self.grid is not None:  # blocks may be of unequal lengths, so each gets its share
+            steps = max(steps * (begin + masks) // length - steps * begin // length, 1)
+        else:
+            blocks, block = -(-length // self.block_length), begin // self.block_length
+            steps = max(steps // blocks + (block < steps % blocks), 1)
+        block = begin // self.block_length
         generator = torch.Generator().manual_seed(mixed(self.seed, request, block)) if self.is_drawn else None
         return self.schedule(masks, steps, eps=self.eps, generator=generator)
 
@@ -183,8 +203,9 @@ class BlockSchedule:
 
     def begin(self, rows: Rows, slots: list[int] | np.ndarray) -> None:
         """Begin the block at `start` of these rows."""
-        stop = rows.prompt_length[slots] + rows.length[slots]
-        rows.stop[slots] = np.minimum(rows.start[slots] + self.block_length, stop)
+        start, stop = rows.start[slots], rows.prompt_length[slots] + rows.length[slots]
+        begin = start if self.grid is None else start // self.grid * self.grid
+        rows.stop[slots] = np.minimum(begin + self.block_length, stop)
         rows.block_passes[slots], rows.is_complete[slots], rows.is_changed = 0, False, True
 
     def advance(self, rows: Rows) -> None:

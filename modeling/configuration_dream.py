@@ -25,6 +25,7 @@ class DreamConfig(Qwen2Config):
         mask_token_id (`int`, defaults to 151666): id of `[MASK]`.
         eos_token_id, bos_token_id, pad_token_id (`int`, default to 151643): end-of-text, which is also padding.
         use_cache (`bool`, defaults to `False`): kept for other readers; decoding sets its own cache.
+        block_causal_length (`int`, *optional*): attention is causal between blocks of so many tokens, see `forward`.
         kwargs: the other fields of `Qwen2Config`.
 
     Raises:
@@ -47,6 +48,7 @@ class DreamConfig(Qwen2Config):
     eos_token_id: int | list[int] | None = 151643
     bos_token_id: int | None = 151643
     pad_token_id: int | None = 151643
+    block_causal_length: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.use_sliding_window:
@@ -72,12 +74,19 @@ class DreamConfig(Qwen2Config):
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, with the rotary settings under the names of the official files."""
-        fields = super().to_dict()
-        rotary = dict(fields.pop("rope_parameters", None) or {})
-        fields["rope_theta"] = rotary.pop("rope_theta", self.default_theta)
-        fields["rope_scaling"] = rotary if rotary.get("rope_type", "default") != "default" else None
-        del fields["layer_types"]
+        fields = with_official_rotary(super().to_dict(), self.default_theta)
+        if self.block_causal_length is None:  # as in the official files
+            del fields["block_causal_length"]
         return fields
+
+
+def with_official_rotary(fields: dict[str, Any], default_theta: float) -> dict[str, Any]:
+    """Fields of a configuration with `rope_theta` and `rope_scaling` in place of transformers' `rope_parameters`."""
+    rotary = dict(fields.pop("rope_parameters", None) or {})
+    fields["rope_theta"] = rotary.pop("rope_theta", default_theta)
+    fields["rope_scaling"] = rotary if rotary.get("rope_type", "default") != "default" else None
+    del fields["layer_types"]
+    return fields
 
 
 DreamConfig.register_for_auto_class()

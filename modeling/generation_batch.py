@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Answering many prompts: a batch that is kept full, as in transformers' continuous batching."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any, NoReturn
 
@@ -168,7 +168,7 @@ class BatchGenerationMixin(GenerationMixin):
         criteria, strings, clocks = self._criteria(config, stopping_criteria, tokenizer)
         decode, wait = self._decoder(
             config, is_in_step=False, slots=slots, width=width, processors=processors,
-            process=partial(_process_row_by_row, make_processors),
+            process=partial(process_row_by_row, make_processors),
             stop=partial(ends_row_by_row, criteria) if criteria else None,
             strings=strings, clocks=clocks, synced_gpus=synced_gpus, generator=generator,
             unmasking_filter=unmasking_filter, device_of_answers=torch.device("cpu"),
@@ -211,7 +211,9 @@ class BatchGenerationMixin(GenerationMixin):
     destroy_cached_continuous_batching_manager = _refuse_continuous_batching
 
 
-def _process_row_by_row(make_processors, loop, plan, logits):
+def process_row_by_row(make_processors: Callable, loop: Any, plan: Any, logits: torch.Tensor) -> torch.Tensor:
+    """Logits (R, K, V) of a pass as processors leave them that are made for a prompt's and a row's length, and called
+    for one row at a time."""
     slots, starts = plan.slot.tolist(), plan.start.tolist()
     rows = []
     for slot, start, row in zip(slots, starts, logits, strict=True):

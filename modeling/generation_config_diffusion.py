@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {
     "stop_at_eos": True,
 }
 DEFAULT_MAX_NEW_TOKENS = 256
-BLOCK_CACHES = ("none", "prefix", "dual")
+BLOCK_CACHES = ("none", "prefix", "dual", "exact")
 CACHE_REFRESHES = ("full", "previous_block")
 # What the distribution is shaped by from which a token is drawn.
 SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
@@ -42,7 +42,7 @@ OTHER_NAMES = {
     "max_gen_toks": "`max_new_tokens`",
     "remasking": '`unmasking`: "low_confidence" is unmasking="confidence", and "random" is unmasking="random"',
     "remasking_strategy": '`unmasking`: "low_confidence_static" is "confidence", "low_confidence_dynamic" is '
-    '"confidence_threshold"',
+    '"confidence_threshold", "sequential" is "leftmost"; "entropy_bounded" is no policy here',
     "alg": '`unmasking`, with schedule="linear_time": "maskgit_plus" is unmasking="confidence", "topk_margin" is '
     'unmasking="margin", "entropy" is unmasking="entropy"; and "origin" is unmasking="random" with '
     'schedule="ancestral"',
@@ -51,7 +51,7 @@ OTHER_NAMES = {
     "confidence_threshold": '`threshold`, with unmasking="confidence_threshold"',
     "entropy_threshold": '`threshold`, with unmasking="entropy_threshold"',
     "eb_threshold": '`threshold`, with unmasking="entropy_bound"',
-    "denoising_steps": "`steps`",
+    "denoising_steps": "`steps_per_block`",
     "mask_id": "`mask_token_id`",
     "block_size": "`block_length`",
     "small_block_size": "`block_length`",
@@ -110,19 +110,25 @@ class DiffusionGenerationConfig(GenerationConfig):
     and the default where that has none.
 
     Args:
-        block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter.
+        block_length (`int`, defaults to 32): tokens per block, at least 1. The last block may be shorter. A
+            block-causal model's own length, which is the default there, and no other.
         unmasking (`str`, defaults to `"confidence_threshold"`): the policy. A thresholded policy writes every token
             that is certain enough: `"confidence_threshold"`, `"confidence_factor"` (both Fast-dLLM,
             https://arxiv.org/abs/2505.22618), `"entropy_threshold"` (dParallel, https://arxiv.org/abs/2509.26488),
             `"entropy_bound"` (EB sampler, https://arxiv.org/abs/2505.24857), `"learned_filter"` (Learn2PD,
             https://arxiv.org/abs/2509.25188). A scheduled policy writes a number of tokens in each pass that is fixed
             before: `"confidence"` and `"random"` (LLaDA, https://arxiv.org/abs/2502.09992), `"entropy"` and `"margin"`
-            (Dream, https://arxiv.org/abs/2508.15487). Their formulas: `unmasking.py`.
+            (Dream, https://arxiv.org/abs/2508.15487), `"leftmost"` (SDAR, https://arxiv.org/abs/2510.06303). Their
+            formulas: `unmasking.py`.
         threshold (`float`): of a thresholded policy; defaults to 0.9 (a probability), 1.0 (a factor above 0), 0.5 and
             0.1 (entropies in nats), 0.96 (a probability), in the order above. Naming another policy than the
             checkpoint's without a threshold takes that policy's default, not the checkpoint's number.
         steps (`int`, defaults to `max_new_tokens`): forward passes of a scheduled policy in all, split as evenly as
-            possible over the blocks, the first blocks getting more, at least one each.
+            possible over the blocks, the first blocks getting more, at least one each. In a block-causal model, where
+            blocks may be of unequal length, a block gets its share.
+        steps_per_block (`int`, *optional*): forward passes for a block, in place of `steps`: SDAR's `denoising_steps`.
+            Each pass writes an equal part of `block_length` tokens, so a block that begins with the end of the prompt
+            takes fewer. With `"confidence_threshold"`, each pass writes at least that part.
         schedule (`str`, defaults to `"even"`): how a scheduled policy spreads a block's tokens over its steps:
             `"linear_time"` is Dream's, `"ancestral"` the same with each position's fate drawn.
         eps (`float`, defaults to 1e-3): where the time of those two ends, in (0, 1).
@@ -130,7 +136,9 @@ class DiffusionGenerationConfig(GenerationConfig):
             to softmax(certainty / unmasking_temperature) instead of taking the surest (Dream's `alg_temp`).
         block_cache (`str`, defaults to `"none"`): `"none"` recomputes the whole canvas in every pass, which is exact.
             `"prefix"` computes the block and what is behind it anew, `"dual"` the block alone; keys and values of the
-            rest are those of an earlier pass (Fast-dLLM).
+            rest are those of an earlier pass (Fast-dLLM). `"exact"`, the default and for block-causal models alone,
+            computes the block alone, too, and in its first pass the one before, whose keys and values are final then:
+            the result is that of `"none"`.
         cache_refresh (`str`, defaults to `"full"`): what the first pass of a block computes anew with a cache: the
             whole canvas, or, with `"previous_block"`, the block just finished along with what the others do.
         cache_refresh_interval (`int`, *optional*): with a cache, every how many passes of a block compute the whole
@@ -160,6 +168,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         self.unmasking = kwargs.pop("unmasking", None)
         self.threshold = kwargs.pop("threshold", None)
         self.steps = kwargs.pop("steps", None)
+        self.steps_per_block = kwargs.pop("steps_per_block", None)
         self.schedule = kwargs.pop("schedule", None)
         self.eps = kwargs.pop("eps", None)
         self.unmasking_temperature = kwargs.pop("unmasking_temperature", None)
@@ -194,6 +203,12 @@ class DiffusionGenerationConfig(GenerationConfig):
         table = (
             ("threshold", is_scheduled and self.threshold is not None, by_policy),
             ("steps", not is_scheduled and self.steps is not None, by_policy),
+            ("steps", is_scheduled and None not in (self.steps, self.steps_per_block), "`steps_per_block` is set"),
+            (
+                "steps_per_block",
+                not is_scheduled and not POLICIES[unmasking].takes_count and self.steps_per_block is not None,
+                by_policy,
+            ),
             ("unmasking_temperature", not is_scheduled and bool(self.unmasking_temperature), by_policy),
             ("schedule", not is_scheduled and self.schedule not in (None, "even"), by_policy),
             ("cache_refresh", not is_cached and self.cache_refresh not in (None, "full"), no_cache),
@@ -203,7 +218,14 @@ class DiffusionGenerationConfig(GenerationConfig):
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
         super().validate(*args, **kwargs)
-        positive = ("block_length", "steps", "max_new_tokens", "num_return_sequences", "cache_refresh_interval")
+        positive = (
+            "block_length",
+            "steps",
+            "steps_per_block",
+            "max_new_tokens",
+            "num_return_sequences",
+            "cache_refresh_interval",
+        )
         for name, low in (
             *((name, 1) for name in positive), ("mask_token_id", 0), ("top_k", 0), ("min_new_tokens", 0),
         ):  # fmt: skip
@@ -241,16 +263,28 @@ class DiffusionGenerationConfig(GenerationConfig):
             )
         if self.eos_threshold is not None and self.stop_at_eos is False:
             raise ValueError(f"`eos_threshold={self.eos_threshold!r}` needs `stop_at_eos=True`, but it is False.")
+        if self.steps_per_block is not None and self.schedule not in (None, "even"):
+            raise ValueError(
+                f"`steps_per_block={self.steps_per_block!r}` needs `schedule='even'`, not {self.schedule!r}."
+            )
         if self.do_sample and self.temperature == 0:
             raise ValueError("`temperature=0` cannot be sampled: it must be above 0, or leave out `do_sample`.")
 
-    def check(self, vocab_size: int) -> None:
-        """Refuse what diffusion decoding cannot do with a model of this vocabulary.
+    def check(self, vocab_size: int, block_causal_length: int | None = None) -> None:
+        """Refuse what diffusion decoding cannot do with a model of this vocabulary and attention.
 
         Raises:
             ValueError: for a standard field that is set and not honoured, words of several tokens that are to be
                 avoided or preferred, and ids that are none.
         """
+        if block_causal_length is not None:
+            allowed = f"{block_causal_length}, the length of the blocks that this model attends by"
+            require(self.block_length == block_causal_length, "block_length", self.block_length, allowed)
+            require(self.block_cache in ("none", "exact"), "block_cache", self.block_cache, "'exact' or 'none' for a "
+                    "block-causal model, whose cache is no approximation")  # fmt: skip
+        else:
+            allowed = "'none', 'prefix' or 'dual': 'exact' is for block-causal models"
+            require(self.block_cache != "exact", "block_cache", self.block_cache, allowed)
         neutral = GenerationConfig._get_default_generation_params() | {"guidance_scale": 1}
         for name in GenerationConfig().to_dict().keys() - {*HONOURED_FIELDS, *NEUTRAL_FIELDS}:
             value = getattr(self, name, None)

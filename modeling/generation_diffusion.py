@@ -33,7 +33,7 @@ from .canvas import taken_apart
 from .captured_step import prepare_captured_steps
 from .decoding_loop import DecodingLoop, Prompt
 from .draws import draw_seed
-from .generation_batch import BatchGenerationMixin
+from .generation_batch import BatchGenerationMixin, process_row_by_row
 from .generation_config_diffusion import DEFAULTS, DiffusionGenerationConfig, refuse_argument, require
 from .generation_inputs import (
     answer_length,
@@ -46,7 +46,7 @@ from .generation_inputs import (
 )
 from .generation_outputs import DiffusionGenerationOutput, warn_of_broken_rows
 from .logits_processing import check_processors, is_positionwise, process_columns, process_positions
-from .stopping import ends_by_strings, ends_in_step, merge_ends, padded_view
+from .stopping import ends_by_strings, ends_in_step, ends_row_by_row, merge_ends, padded_view
 from .unmasking import POLICIES
 from .unmasking_filter import SUBFOLDER, UnmaskingFilter
 
@@ -121,6 +121,12 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         if self.unmasking_filter is not None and kwargs.get("is_main_process", True):
             self.unmasking_filter.save_pretrained(Path(save_directory) / SUBFOLDER)
 
+    @property
+    def block_causal_length(self) -> int | None:
+        """The length of the blocks between which attention is causal, by the model's configuration; None where it goes
+        both ways everywhere, as it does in a model whose configuration does not know of blocks."""
+        return getattr(self.config, "block_causal_length", None)
+
     # --- settings ----------------------------------------------------------------------------------------------------
 
     def resolve_generation_config(
@@ -137,7 +143,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
             ValueError: as `generate()` does, naming the argument, its value and what is allowed.
         """
         config, others = self._prepare_generation_config(generation_config, **kwargs)
-        config.check(self.config.vocab_size)
+        config.check(self.config.vocab_size, self.block_causal_length)
         for name, value in others.items():
             if value is not None:
                 refuse_argument(name)
@@ -151,6 +157,8 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         configuration and the arguments that are no field of it."""
         fields = DiffusionGenerationConfig().to_dict()
         defaults = DEFAULTS | {"mask_token_id": self.config.mask_token_id}
+        if self.block_causal_length is not None:
+            defaults |= {"block_length": self.block_causal_length, "block_cache": "exact"}
         settings = DiffusionGenerationConfig._get_default_generation_params() | defaults
         arguments = {name: value for name, value in kwargs.items() if name in fields}
         ok = generation_config is None or isinstance(generation_config, GenerationConfig)
@@ -249,13 +257,21 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         has_own_adapters = "adapter_names" in given_by_peft
         # What a user gave may count on the rows that it was given with, as adapters do of which each row has its own.
         is_in_step = bool(criteria) or not is_positionwise(processors) or has_own_adapters
+        if has_own_adapters:  # which peft chooses by the row of a batch: with a cache, there are no rows
+            allowed = "'none' with `adapter_names`"
+            require(config.block_cache in ("none", "exact"), "block_cache", config.block_cache, allowed)
+            config.block_cache = "none"
         # Padding is no text: show what is no text either, and whose logits do not count.
         shown = input_ids.masked_fill(mask == 0, config.mask_token_id)
+        process = partial(_process_in_step, processors, shown)
+        stop = partial(ends_in_step, criteria, prompts=input_ids)
+        if self.block_causal_length is not None:  # the rows' blocks begin at other places, so they are not in step
+            process = partial(process_row_by_row, partial(self._processors, config, logits_processor))
+            is_in_step, stop = has_own_adapters, partial(ends_row_by_row, criteria)
         decode, wait = self._decoder(
             config, is_in_step=is_in_step, slots=len(input_ids), width=config.max_length, processors=processors,
-            process=partial(_process_in_step, processors, shown),
-            stop=partial(ends_in_step, criteria, prompts=input_ids) if criteria else None,
-            strings=strings, clocks=clocks, streamer=streamer, synced_gpus=synced_gpus, generator=generator,
+            process=process, stop=stop if criteria else None, strings=strings, clocks=clocks, streamer=streamer,
+            synced_gpus=synced_gpus, generator=generator,
             unmasking_filter=unmasking_filter,
         )  # fmt: skip
         if streamer is not None:
@@ -327,11 +343,12 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         seed = draw_seed(generator) if is_drawn else 0  # else the global generator stays as it is
         schedule = BlockSchedule(
             logits_shift=self.logits_shift, seed=seed, is_in_step=is_in_step,
+            block_causal_length=self.block_causal_length,
             **{
                 name: getattr(config, name)
                 for name in (
                     "block_length", "block_cache", "cache_refresh", "cache_refresh_interval", "unmasking", "schedule",
-                    "steps", "eps",
+                    "steps", "steps_per_block", "eps",
                 )
             },
         )  # fmt: skip

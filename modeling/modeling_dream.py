@@ -5,27 +5,25 @@ autoregressive model that Dream was trained from ("Dream 7B", https://arxiv.org/
 Module names are those of the official checkpoints, which are Qwen2's.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_dream import DreamConfig
 from .generation_dream import DreamGenerationMixin
+from .language_model import LanguageModelMixin, TransformerMixin
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
     RotaryTables,
     attention,
-    bidirectional_mask,
     prepare_attention,
-    select_positions,
     silu_product,
 )
 from .packed_projections import project
@@ -42,6 +40,14 @@ class DreamRotaryEmbedding(Qwen2RotaryEmbedding):
             if not frequencies.is_meta:
                 setattr(self, name, frequencies.to(getattr(self, name).device))
         return self
+
+
+def rotary_tables(
+    embedding: DreamRotaryEmbedding, hidden_states: torch.Tensor, position_ids: torch.Tensor
+) -> RotaryTables:
+    """In float32 whatever the dtype of the model, and of two equal halves the first."""
+    tables = embedding(hidden_states.float(), position_ids)
+    return RotaryTables(*(table.chunk(2, dim=-1)[0][:, None] for table in tables))
 
 
 class DreamAttention(nn.Module):
@@ -83,9 +89,11 @@ class DreamMLP(nn.Module):
 
 
 class DreamDecoderLayer(GradientCheckpointingLayer):
-    def __init__(self, config: DreamConfig, layer_idx: int):
+    attention_class: type[nn.Module] = DreamAttention
+
+    def __init__(self, config: PreTrainedConfig, layer_idx: int):
         super().__init__()
-        self.self_attn = DreamAttention(config, layer_idx)
+        self.self_attn = self.attention_class(config, layer_idx)
         self.mlp = DreamMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -114,7 +122,7 @@ class DreamPreTrainedModel(BidirectionalPreTrainedModel):
     }
 
 
-class DreamBaseModel(DreamPreTrainedModel):
+class DreamBaseModel(TransformerMixin, DreamPreTrainedModel):
     """The transformer from token ids to normed hidden states."""
 
     def __init__(self, config: DreamConfig):
@@ -127,31 +135,14 @@ class DreamBaseModel(DreamPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
-        # In float32 whatever the dtype of the model, and of two equal halves the first.
-        tables = self.rotary_emb(hidden_states.float(), position_ids)
-        position_embeddings = RotaryTables(*(table.chunk(2, dim=-1)[0][:, None] for table in tables))
-        for layer in self.layers:
-            hidden_states, _ = layer(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        return BaseModelOutputWithPast(self.norm(hidden_states), past_key_values)
+    def parts(self) -> tuple[Iterable[nn.Module], nn.Module]:
+        return self.layers, self.norm
+
+    def rotary_tables(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
+        return rotary_tables(self.rotary_emb, hidden_states, position_ids)
 
 
-class DreamModel(DreamGenerationMixin, DreamPreTrainedModel):
+class DreamModel(LanguageModelMixin, DreamGenerationMixin, DreamPreTrainedModel):
     """Dream with its head and parallel `generate()`. The logits at position i - 1 predict the token at position i."""
 
     logits_shift = 1
@@ -163,46 +154,6 @@ class DreamModel(DreamGenerationMixin, DreamPreTrainedModel):
         self.model = DreamBaseModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """One pass over a canvas.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`): prompt and answer, `[MASK]` where nothing is decided.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at positions that nothing may attend to.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0, 1, ... if unset.
-            past_key_values (`Cache`, *optional*): keys and values of other positions.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, hidden_size)`, *optional*): in place of `input_ids`.
-            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): positions to apply the head to: 0 for all,
-                n for the last n, a tensor `(L,)` for the same ones in each row, `(B, L)` for others in each row.
-
-        Returns:
-            `CausalLMOutputWithPast` with `logits` of shape `(B, L, vocab_size)`, unshifted: those at position i - 1
-            predict the token at position i.
-        """
-        if labels is not None:
-            raise ValueError("`labels` has no meaning here: the loss depends on what was masked (see `trainer/`).")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.lm_head(select_positions(outputs.last_hidden_state, logits_to_keep))
-        return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 DreamModel.register_for_auto_class("AutoModelForCausalLM")

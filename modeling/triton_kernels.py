@@ -285,8 +285,8 @@ def fused_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 @jit
 def _partial_attention(query, key, value, tiles, out, sums, maxima, groups, scale, per_part,
                        query_head, query_row, key_slot, key_head, key_row, value_slot, value_head, value_row,
-                       IS_WHOLE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-                       SIZE: tl.constexpr):  # fmt: skip
+                       block_length, IN_BLOCKS: tl.constexpr, IS_WHOLE: tl.constexpr, ROWS: tl.constexpr,
+                       KEYS: tl.constexpr, SIZE: tl.constexpr):  # fmt: skip
     """The queries of one head in a tile against a part of the keys of its slot, by an online softmax to base 2."""
     part, head, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     parts, heads, count = tl.num_programs(0), tl.num_programs(1), tl.num_programs(2)
@@ -297,6 +297,10 @@ def _partial_attention(query, key, value, tiles, out, sums, maxima, groups, scal
         return
     row, column, lane = tl.arange(0, ROWS), tl.arange(0, SIZE), tl.arange(0, KEYS)
     exists = (row < queries)[:, None]
+    if IN_BLOCKS:  # no query sees what is behind its own block
+        own = tl.load(tiles + 4 * count + tile).to(tl.int32) + row
+        limit = tl.minimum((own // block_length + 1) * block_length, seen)
+        seen = tl.max(tl.where(row < queries, limit, 0), axis=0)
     x = tl.load(query + head * query_head + (first + row)[:, None] * query_row + column[None, :], exists, 0.0)
     key += slot * key_slot + (head // groups) * key_head
     value += slot * value_slot + (head // groups) * value_head
@@ -308,6 +312,8 @@ def _partial_attention(query, key, value, tiles, out, sums, maxima, groups, scal
         is_seen = position < stop
         keys = tl.load(key + position[None, :] * key_row + column[:, None], is_seen[None, :], 0.0)
         scores = tl.where(is_seen[None, :], tl.dot(x, keys) * scale, float("-inf"))
+        if IN_BLOCKS:
+            scores = tl.where(position[None, :] < limit[:, None], scores, float("-inf"))
         higher = tl.maximum(maximum, tl.max(scores, axis=1))
         share, scale_before = tl.exp2(scores - higher[:, None]), tl.exp2(maximum - higher)
         values = tl.load(value + position[:, None] * value_row + column[None, :], is_seen[:, None], 0.0)
@@ -364,7 +370,8 @@ def fused_attention(
         sums, maxima = torch.empty(2, *shape, **options)
     _partial_attention[parts, heads, tiles.shape[1]](
         query, key, value, tiles, partial, sums, maxima, groups, scaling * 1.4426950408889634, per_part,
-        *query.stride()[1:3], *key.stride()[:3], *value.stride()[:3], IS_WHOLE=parts == 1,
+        *query.stride()[1:3], *key.stride()[:3], *value.stride()[:3], tokens.block_causal_length or 0,
+        IN_BLOCKS=tokens.block_causal_length is not None, IS_WHOLE=parts == 1,
         ROWS=tile, KEYS=keys, SIZE=size, num_warps=8 if tile > 64 else 4, num_stages=3,
     )  # fmt: skip
     if parts > 1:

@@ -38,10 +38,17 @@ def rank(score: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
 
 
 def confidence_threshold(
-    statistics: TokenStatistics, masked: torch.Tensor, *, threshold: float | torch.Tensor
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    threshold: float | torch.Tensor,
+    count: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Probability of at least `threshold`, or the most confident. Fast-dLLM, https://arxiv.org/abs/2505.22618."""
-    return masked & (statistics.confidence >= threshold) | best(statistics.confidence, masked)
+    """Probability of at least `threshold`, or the most confident. Fast-dLLM, https://arxiv.org/abs/2505.22618. With a
+    `count`, the most confident so many: SDAR's dynamic remasking, https://arxiv.org/abs/2510.06303."""
+    confidence = statistics.confidence
+    surest = best(confidence, masked) if count is None else rank(confidence, masked) < count
+    return masked & ((confidence >= threshold) | surest)
 
 
 def confidence_factor(
@@ -153,6 +160,18 @@ def random(
     return most(uniform, masked, count, 0.0, None)  # type: ignore[arg-type]
 
 
+def leftmost(
+    statistics: TokenStatistics,
+    masked: torch.Tensor,
+    *,
+    count: int | torch.Tensor,
+    temperature: float = 0.0,
+    uniform: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The `count` that come first in the text. SDAR's sequential remasking, https://arxiv.org/abs/2510.06303."""
+    return masked & (masked.cumsum(dim=-1) <= count)
+
+
 def even_schedule(
     masks: int, steps: int, *, eps: float | None = None, generator: torch.Generator | None = None
 ) -> list[int]:
@@ -195,7 +214,8 @@ def ancestral_schedule(
 
 class Policy(NamedTuple):
     """`select` is the function. A thresholded policy has a default threshold and the closed range of its values; a
-    scheduled one has none. `is_drawn`: it needs random numbers whatever the temperature."""
+    scheduled one has none. `is_drawn`: it needs random numbers whatever the temperature. `takes_count`: though it is
+    thresholded, it may be told how many tokens to write at least."""
 
     select: Callable
     default: float | None = None
@@ -203,6 +223,7 @@ class Policy(NamedTuple):
     high: float = float("inf")
     low_is_allowed: bool = True
     is_drawn: bool = False
+    takes_count: bool = False
 
     @property
     def is_scheduled(self) -> bool:
@@ -218,7 +239,7 @@ class Policy(NamedTuple):
 
 
 POLICIES = {
-    "confidence_threshold": Policy(confidence_threshold, default=0.9, high=1.0),
+    "confidence_threshold": Policy(confidence_threshold, default=0.9, high=1.0, takes_count=True),
     "confidence_factor": Policy(confidence_factor, default=1.0, low_is_allowed=False),
     "entropy_threshold": Policy(entropy_threshold, default=0.5),
     "entropy_bound": Policy(entropy_bound, default=0.1, low_is_allowed=False),
@@ -227,5 +248,6 @@ POLICIES = {
     "entropy": Policy(entropy),
     "margin": Policy(margin),
     "random": Policy(random, is_drawn=True),
+    "leftmost": Policy(leftmost),
 }
 SCHEDULES = {"even": even_schedule, "linear_time": linear_time_schedule, "ancestral": ancestral_schedule}

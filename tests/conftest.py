@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read where a kernel is defined
 
-from tests.families import FAMILIES
+from tests.families import ALL_FAMILIES, FAMILIES
 from tests.golden import CHECKPOINT, FIXTURES
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -25,10 +25,10 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(scope="session", params=FAMILIES)
+@pytest.fixture(scope="session", params=[*FAMILIES, pytest.param("sdar", marks=pytest.mark.slow)])
 def family(request):
     """Each model family in turn."""
-    return FAMILIES[request.param]
+    return ALL_FAMILIES[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,11 @@
 """The model families, which run through the same tests: the fixture `family` of conftest.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
-from dparallel.modeling import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM
+from dparallel.modeling import DreamConfig, DreamModel, LLaDAConfig, LLaDAModelLM, SDARConfig, SDARForCausalLM
 from tests.golden import FIXTURES
 
 
@@ -20,6 +21,7 @@ class Family:
         projections: of a block, in the order q, k, v, o, gate, up, down.
         published: those that dParallel's code adapts.
         frequent: two tokens that the golden model answers the tests' prompts with often.
+        loading: what the golden model is loaded with.
     """
 
     name: str
@@ -33,13 +35,17 @@ class Family:
     projections: tuple
     published: tuple
     frequent: tuple
+    loading: dict = field(default_factory=dict)
 
     @property
     def golden(self):
         return FIXTURES / f"{self.name}_tiny"
 
     def load(self, **kwargs):
-        return self.model.from_pretrained(self.golden, **kwargs).eval()
+        model = self.model.from_pretrained(self.golden, **self.loading, **kwargs).eval()
+        # SDAR's official files ask for sampling.
+        model.generation_config.update(do_sample=False, temperature=None, top_k=None, top_p=None)
+        return model
 
     def make(self, seed=0, **changes):
         torch.manual_seed(seed)
@@ -91,3 +97,12 @@ FAMILIES = {
         ),
     )
 }  # fmt: skip
+# The same tests are slow for SDAR, here without its blocks; with them, all families are in test_block_causal.py.
+QWEN = FAMILIES["dream"]
+SDAR = replace(
+    QWEN, name="sdar", config=SDARConfig, model=SDARForCausalLM, frequent=(138, 236), loading={"block_size": None},
+    shape=QWEN.shape | {"head_dim": 16, "block_size": None},
+)  # fmt: skip
+ALL_FAMILIES = FAMILIES | {"sdar": SDAR}
+# For `pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)`: tests that start processes.
+MOSTLY_SLOW = ["llada", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dream", "sdar"))]

@@ -2,10 +2,10 @@
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 from accelerate.logging import get_logger
 
+from dparallel.hub_cards.model_families import FAMILIES
 from dparallel.modeling import POLICIES
 
 from .diffusion_training_config import DiffusionTrainingConfig
@@ -17,18 +17,13 @@ STUDENT_POLICIES = tuple(
     name for name, policy in POLICIES.items() if not policy.is_scheduled and name != "learned_filter"
 )
 MASKINGS = ("block", "response", "trajectory")
-# What dParallel published for each family, by the model's `model_type`.
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "llada": {"masking": "block", "certainty_weight": 2.0, "max_length": 384, "response_length": None},
-    "Dream": {"masking": "response", "certainty_weight": 1.0, "max_length": None, "response_length": 256},
-}
 
 
 @dataclass
 class CertaintyForcingConfig(DiffusionTrainingConfig):
     """`DiffusionTrainingConfig` with what certainty-forcing distillation needs. The defaults are what dParallel
-    published; what depends on the model's family is left open, and the trainer takes the family's (`PUBLISHED`;
-    LLaDA's for families that are not there). For the length of the training see the README's recipes.
+    published; what depends on the model's family is left open, and the trainer takes the family's, or LLaDA's where
+    nothing was published for it (`ModelFamily`). For the length of the training see the README's recipes.
 
     Raises:
         ValueError: naming the argument, its value and what is allowed.
@@ -121,7 +116,8 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
             self._require(getattr(self, name) >= 1, name, "at least 1")
 
     def completed(self, model_type: str) -> "CertaintyForcingConfig":
-        settled, family = copy.copy(self), PUBLISHED.get(model_type, PUBLISHED["llada"])
+        published = FAMILIES[model_type].distillation if model_type in FAMILIES else {}
+        settled, family = copy.copy(self), published or FAMILIES["llada"].distillation
         for name in ("masking", "certainty_weight", *(("response_length",) if self.max_length == 0 else ())):
             if getattr(self, name) is None:
                 setattr(settled, name, family[name])
@@ -129,7 +125,7 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
             settled.max_length = family["max_length"]
         is_used = self.block_length_start is None or settled.masking != "response"
         self._require(is_used, "block_length_start", f"None with `masking={settled.masking!r}`, which has no blocks")
-        if model_type not in PUBLISHED and vars(settled) != vars(self):
+        if not published and vars(settled) != vars(self):
             logger.warning(f"Nothing was published for the model type {model_type!r}: LLaDA's settings are used.")
         return settled
 

@@ -7,18 +7,7 @@ from peft import LoraConfig, PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
-# By model type: the projections of all blocks, by the family's own names. Full patterns, because the end of a name can
-# mean more than it seems to: `ff_out` is a projection of LLaDA's blocks, and also its head.
-ALL_PROJECTIONS = {
-    "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|attn_out|ff_proj|up_proj|ff_out)",
-    "Dream": r".*\.layers\.\d+\.(self_attn\.(q|k|v|o)_proj|mlp\.(gate|up|down)_proj)",
-}
-# What remains of dParallel's published list (q_proj k_proj v_proj o_proj gate_proj up_proj down_proj) in each family:
-# its code passes over names that a model does not have.
-PUBLISHED_PROJECTIONS = {
-    "llada": r".*\.blocks\.\d+\.(q_proj|k_proj|v_proj|up_proj)",
-    "Dream": ALL_PROJECTIONS["Dream"],
-}
+from dparallel.hub_cards.model_families import FAMILIES, family_of
 
 
 def complete_lora_config(model: PreTrainedModel, config: PeftConfig) -> PeftConfig:
@@ -33,14 +22,15 @@ def complete_lora_config(model: PreTrainedModel, config: PeftConfig) -> PeftConf
     """
     if not isinstance(config, LoraConfig):
         return config
-    config, family = copy.deepcopy(config), model.config.model_type
+    config, family = copy.deepcopy(config), family_of(model.config)
     if config.target_modules in (None, "all"):
-        config.target_modules = ALL_PROJECTIONS.get(family, "all-linear")
+        config.target_modules = "all-linear" if family is None else family.projections
     elif config.target_modules == "published":
-        if family not in PUBLISHED_PROJECTIONS:
-            known = ", ".join(map(repr, PUBLISHED_PROJECTIONS))
-            raise ValueError(f"`target_modules='published'` is known for the model types {known}, not for {family!r}.")
-        config.target_modules = PUBLISHED_PROJECTIONS[family]
+        if family is None or family.published_projections is None:
+            known = ", ".join(repr(name) for name, each in FAMILIES.items() if each.published_projections)
+            name = model.config.model_type
+            raise ValueError(f"`target_modules='published'` is known for the model types {known}, not for {name!r}.")
+        config.target_modules = family.published_projections
     elif config.target_modules != "all-linear":
         _check_targets(model, config.target_modules)
     if config.exclude_modules is None:

@@ -32,6 +32,7 @@ distillation, solving = load("word_problems/distillation.py"), load("word_proble
 TEACHER = {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 64}
 
 
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     result = run("quickstart.py", "--problems", 1, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -23,6 +23,7 @@ from dparallel.hub_cards.pushing import flaw_of
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
 from dparallel.trainer.training_record import _model_name
+from tests.families import MOSTLY_SLOW
 from tests.golden import CHECKPOINT
 from tests.scripts import call
 
@@ -76,6 +77,7 @@ def run(hub, code, *arguments):
     return result.stdout
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_the_whole_way(hub, family, small_model, word_tokenizer, tmp_path):
     """A teacher, its trajectories, a student distilled from what was loaded back, merged, with a filter; and all of it
     loaded where this package is not."""
@@ -141,6 +143,7 @@ def save(model, folder):
     return str(folder)
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_the_snippet_of_the_card_runs_as_it_stands(hub, folder, caplog):
     push(folder, run_snippet=True, prompt='Sam has 3 "books".')
     words = "repeats itself|has no text|has no end within|is empty"  # random weights say nothing
@@ -197,6 +200,7 @@ def test_what_an_earlier_push_left_goes(hub, folder, model, word_tokenizer, caps
     assert len([name for name in files if name.endswith(".safetensors") and "/" not in name]) == 1
 
 
+@pytest.mark.slow
 def test_a_training_names_the_datasets_that_it_was_given(hub):
     push_dataset(generate_rows(), "user/data")
     code = """
@@ -376,6 +380,7 @@ def test_what_does_not_run_is_not_pushed(hub, folder, monkeypatch):
     assert not hub.repos
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_adapters_merged_or_not(hub, family, model, word_tokenizer, tmp_path):
     base = save(model, tmp_path / "base")
     torch.manual_seed(0)

@@ -11,7 +11,7 @@ from transformers.generation import LogitsProcessor
 from transformers.generation.continuous_batching.requests import RequestStatus
 
 from dparallel.modeling import UnmaskingFilter, UnmaskingFilterConfig, decoding_loop, unmasking
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MOSTLY_SLOW
 from tests.golden import CHECKPOINT, STUDENT
 from tests.modeling.test_block_cache import CACHES, name_of
 from tests.modeling.test_captured_step import prompts
@@ -147,6 +147,7 @@ def test_no_row_waits_for_another(slots, monkeypatch):
     assert len(computed) == max(passes[:64])
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_computed_positions_with_a_cache(family):
     """What passes compute, over what their rows need: nothing is computed for the sake of other rows."""
     model = family.load()

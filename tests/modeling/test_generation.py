@@ -26,7 +26,7 @@ from dparallel.modeling import (
     UnmaskingFilter,
     UnmaskingFilterConfig,
 )
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MOSTLY_SLOW
 from tests.golden import load_cases
 
 MASK, EOS = 319, 318
@@ -903,6 +903,7 @@ def decode_in_step_with_others(rank, name, folder, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_synced_processes_make_the_same_number_of_passes(family, model, tmp_path):
     """Under ZeRO-3 and FSDP a process that is done must go on making passes, or the others wait for it for ever."""
     with socket.socket() as probe:

@@ -14,7 +14,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIte
 
 import dparallel.modeling
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
-from tests.families import FAMILIES
+from tests.families import ALL_FAMILIES
 from tests.golden import CHECKPOINT, STUDENT
 from tests.scripts import load
 
@@ -76,7 +76,10 @@ print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("source", ["teacher", "student", *FAMILIES])
+@pytest.mark.parametrize(
+    "source",
+    ["teacher", "dream", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "llada", "sdar"))],
+)
 def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
     """From the folders in the repository, and from a saved model of each family."""
     folder, threshold, config = CHECKPOINT, None, "LLaDAConfig"
@@ -86,8 +89,8 @@ def test_remote_code_round_trip_without_the_package(source, word_model, word_tok
         folder, threshold = STUDENT, 0.1
         model = LLaDAModelLM.from_pretrained(STUDENT, dtype=torch.float32)
     else:
-        folder, threshold, config = tmp_path / "saved", 0.4, FAMILIES[source].config.__name__
-        model = FAMILIES[source].make(vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0).eval()
+        folder, threshold, config = tmp_path / "saved", 0.4, ALL_FAMILIES[source].config.__name__
+        model = ALL_FAMILIES[source].make(vocab_size=592, mask_token_id=1, eos_token_id=0, pad_token_id=0).eval()
         model.generation_config.update(unmasking="entropy_threshold", threshold=threshold, max_new_tokens=40)
         model.save_pretrained(folder)
         word_tokenizer.save_pretrained(folder)
@@ -120,6 +123,7 @@ SHARED = {
     "generation_diffusion",
     "generation_inputs",
     "generation_outputs",
+    "language_model",
     "layers",
     "logits_processing",
     "packed_projections",
@@ -135,6 +139,8 @@ def test_saved_folder_holds_all_remote_code_and_nothing_else(family, reader, tmp
     reader.save_pretrained(tmp_path)
     names = {f"configuration_{family.name}", f"modeling_{family.name}", *SHARED}
     names |= {"generation_dream"} if family.name == "dream" else set()
+    if family.name == "sdar":  # which takes Dream's layers
+        names |= {"configuration_dream", "modeling_dream", "generation_dream"}
     assert {path.stem for path in tmp_path.glob("*.py")} == names
     for name in names:
         assert (tmp_path / f"{name}.py").read_text() == (CODE / f"{name}.py").read_text()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dparallel.modeling import TokenStatistics, UnmaskingFilter, UnmaskingFilterConfig
+from tests.families import MOSTLY_SLOW
 from tests.modeling.test_block_cache import CACHES, name_of
 from tests.modeling.test_captured_step import assert_same, both, device, prompts  # noqa: F401
 from tests.modeling.test_generation import EOS, padded_batch
@@ -132,6 +133,7 @@ def test_it_travels_with_its_model(family, prompt, tmp_path):
     assert not any("layers.0" in name and "unmasking" in name for name in again.state_dict())
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_remote_code_without_this_package(family, prompt, tmp_path):
     """Beside its model, and alone."""
     model, unmasking_filter = family.load(), make_filter()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dparallel.trainer.certainty_forcing_config import PUBLISHED
+from dparallel.hub_cards.model_families import family_of
 from dparallel.trainer.losses import certainty_forcing_loss, certainty_forcing_losses
 from tests.families import FAMILIES
 from tests.golden import FIXTURES, load_cases
@@ -17,7 +17,7 @@ def test_loss_and_gradients_of_the_published_code(name, number):
     cases, tensors = load_cases(f"loss_{name}")
     case, family = cases[number], FAMILIES[name.partition("_")[0]]
     model = family.model.from_pretrained(FIXTURES / name)
-    weight = PUBLISHED[model.config.model_type]["certainty_weight"]
+    weight = family_of(model.config).distillation["certainty_weight"]
     saved = {key.partition(".")[2]: value for key, value in tensors.items() if key.partition(".")[0] == case["id"]}
     total = 0
     for view in ("", "_rev"):

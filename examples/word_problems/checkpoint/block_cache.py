@@ -3,7 +3,8 @@
 
 A masked diffusion model is bidirectional: what a position attends to changes with every token that is written.
 Decoding stays close to exact all the same if only the current block is computed anew in each pass and the keys and
-values of other positions are those of an earlier one ("Fast-dLLM", https://arxiv.org/abs/2505.22618).
+values of other positions are those of an earlier one ("Fast-dLLM", https://arxiv.org/abs/2505.22618). Where attention
+is causal between blocks, those of a complete block never change, and this is exact.
 """
 
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ class Tokens:
     other, those of the next row follow, and behind the last row up to N is what has no place in the canvas.
 
     `slot` and `column` (N,) are where a token stands in the canvas. `offset` and `size` (R,) say which tokens are a
-    row's, and `seen` (R,) before which column it attends to everything. `tiles` (4, M) are runs of up to `tile` tokens
-    of a row, for the kernel of attention: the slot, the first token, how many, and `seen`; M is enough for any rows.
-    `longest` bounds `size`, and `limit` bounds `seen`.
+    row's, `first` (R,) at which column they begin, and `seen` (R,) before which column it attends to everything, or,
+    with a `block_causal_length`, to what is not behind a token's own block. `tiles` (5, M) are runs of up to `tile`
+    tokens of a row, for the kernel of attention: the slot, the first token, how many, `seen`, and the first column; M
+    is enough for any rows. `longest` bounds `size`, and `limit` bounds `seen`.
     """
 
     slot: torch.Tensor
     column: torch.Tensor
+    first: torch.Tensor
     offset: torch.Tensor
     size: torch.Tensor
     seen: torch.Tensor
@@ -34,6 +37,7 @@ class Tokens:
     tile: int
     longest: int
     limit: int
+    block_causal_length: int | None
     _once: dict = field(default_factory=dict)  # what is the same for all layers, by its device
 
     # --- what passes without kernels do ------------------------------------------------------------------------------
@@ -69,10 +73,13 @@ class Tokens:
         return self._once[device]
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """What is added to scores, (R, 1, longest, limit), so that no row attends to what it does not see."""
+        """What is added to scores, (R, 1, longest, limit), so that nothing attends to what it does not see."""
         if (dtype, device) not in self._once:
-            columns = torch.arange(self.limit, device=self.seen.device)
-            hidden = (columns >= self.seen[:, None]).to(device)[:, None, None]
+            columns, seen = torch.arange(self.limit, device=self.seen.device), self.seen[:, None]
+            if self.block_causal_length is not None:
+                own = self.first[:, None] + torch.arange(self.longest, device=seen.device)
+                seen = torch.minimum((own // self.block_causal_length + 1) * self.block_causal_length, seen)
+            hidden = (columns >= seen[..., None]).to(device)[:, None]
             mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
             self._once[dtype, device] = mask.expand(-1, -1, self.longest, -1)
         return self._once[dtype, device]

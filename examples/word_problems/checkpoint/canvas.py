@@ -29,6 +29,7 @@ class Layout(NamedTuple):
     mask_token_id: int
     eos: tuple[int, ...]  # what ends a row
     eos_threshold: float | None
+    block_causal_length: int | None  # of the model
     device: torch.device
 
 
@@ -128,9 +129,9 @@ class Canvas:
         self.threshold, self.seed = new(dtype=torch.float32), new()
         self.offsets = torch.arange(self.width + 1, device=layout.device)
         numbers = len(Plan._fields) * shape[0]
-        if layout.is_cached:  # slot and column of each token, and four numbers a tile
+        if layout.is_cached:  # slot and column of each token, and five numbers a tile
             most = Shape(shape[0], self.width, 0, self.slots * self.width * 9 // 8 + 64, 1)
-            numbers += 2 * most.tokens + 4 * most.tiles
+            numbers += 2 * most.tokens + 5 * most.tiles
         self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
         # On the host, from where the device copies while the host goes on. Each is written once between two looks.
         is_pinned = layout.device.type == "cuda"
@@ -186,7 +187,7 @@ class Canvas:
             filled.slot[:], filled.seen[:], filled.offset[:] = self.slots, 1, total
         if shape.tokens and (last is None or last.slot is not plan.slot):
             self._write_runs(self._runs(sent, shape), plan, shape, total)
-            size += 2 * shape.tokens + 4 * shape.tiles
+            size += 2 * shape.tokens + 5 * shape.tiles
         self.numbers[:size].copy_(self._host_numbers[:size], non_blocking=True)
 
     def _write_runs(self, runs, plan, shape, total):
@@ -200,6 +201,7 @@ class Canvas:
         tiles[:, used:] = 0
         tiles[0, :used], tiles[1, :used] = plan.slot[row], plan.offset[row] + begin
         tiles[2, :used], tiles[3, :used] = np.minimum(plan.size[row] - begin, shape.tile), plan.seen[row]
+        tiles[4, :used] = plan.first[row] + begin
 
     @staticmethod
     def _fields(numbers, rows):
@@ -208,11 +210,11 @@ class Canvas:
 
     @staticmethod
     def _runs(numbers, shape):
-        """Of what is sent, slot and column of each token, (N,), and the tiles, (4, M)."""
+        """Of what is sent, slot and column of each token, (N,), and the tiles, (5, M)."""
         first = len(Plan._fields) * shape.rows
         second = first + shape.tokens
         third = second + shape.tokens
-        tiles = numbers[third : third + 4 * shape.tiles].reshape(4, -1)
+        tiles = numbers[third : third + 5 * shape.tiles].reshape(5, -1)
         return numbers[first:second], numbers[second:third], tiles
 
     def plan(self, rows: int) -> Plan:
@@ -222,7 +224,10 @@ class Canvas:
     def tokens(self, plan: Plan, shape: Shape) -> Tokens:
         """The tokens of such a step."""
         slot, column, tiles = self._runs(self.numbers, shape)
-        return Tokens(slot, column, plan.offset, plan.size, plan.seen, tiles, shape.tile, shape.longest, shape.seen)
+        return Tokens(
+            slot, column, plan.first, plan.offset, plan.size, plan.seen, tiles, shape.tile, shape.longest, shape.seen,
+            self.layout.block_causal_length,
+        )  # fmt: skip
 
     def report(self, rows: int) -> torch.Tensor:
         """Where such a step writes its report, a tensor (fields, R)."""

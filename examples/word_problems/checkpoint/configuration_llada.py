@@ -60,6 +60,7 @@ class LLaDAConfig(PreTrainedConfig):
         eos_token_id (`int` or list of `int`, defaults to 126081): end-of-text.
         pad_token_id (`int`, defaults to 126081): padding.
         use_cache (`bool`, defaults to `False`): kept for other readers; decoding sets its own cache.
+        block_causal_length (`int`, *optional*): attention is causal between blocks of so many tokens, see `forward`.
 
     Raises:
         ValueError: for a shape that does not divide, or a value that no LLaDA model has (`FIXED_VALUES`).
@@ -105,6 +106,7 @@ class LLaDAConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 126081
     pad_token_id: int | None = 126081
     use_cache: bool = False
+    block_causal_length: int | None = None
 
     def __post_init__(self, **kwargs):
         for alias, name in self.attribute_map.items():
@@ -147,7 +149,10 @@ class LLaDAConfig(PreTrainedConfig):
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What files hold."""
-        return {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
+        fields = {name: value for name, value in super().to_diff_dict().items() if name not in self.attribute_map}
+        if self.block_causal_length is None:  # as in the official files
+            fields.pop("block_causal_length", None)
+        return fields
 
 
 LLaDAConfig.register_for_auto_class()

@@ -66,6 +66,7 @@ class StepSettings(NamedTuple):
     is_aligned: bool  # blocks begin at the same column in all rows
     select: Callable
     is_scheduled: bool
+    has_quota: bool
     draws_positions: bool
     unmasking_temperature: float
     sampling: tuple | None  # values of SAMPLING_FIELDS
@@ -115,7 +116,8 @@ def decode_step(
             uniform=draw(POSITIONS) if settings.draws_positions else None,
         )  # fmt: skip
     else:
-        accepted = settings.select(statistics, masked, threshold=canvas.threshold)
+        count = {"count": plan.quota[:, None]} if settings.has_quota else {}
+        accepted = settings.select(statistics, masked, threshold=canvas.threshold, **count)
     canvas.write(plan, masked, statistics, accepted)
 
 
@@ -217,7 +219,7 @@ class DecodingLoop:
         self.device_of_answers = device if device_of_answers is None else device_of_answers
         self.layout = Layout(
             slots, _multiple(width, WIDTH_BUCKET), config.block_cache != "none", config.mask_token_id, eos,
-            config.eos_threshold, device,
+            config.eos_threshold, schedule.grid, device,
         )  # fmt: skip
         self.waiting: deque[Prompt] = deque()
         self.is_late, self.streamed = False, 0
@@ -227,9 +229,9 @@ class DecodingLoop:
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
         self.fixed = (
-            policy.select, policy.is_scheduled, policy.is_drawn or config.unmasking_temperature > 0,
-            config.unmasking_temperature, sampling, unmasking_filter,
-            tuple(tensor.data_ptr() for tensor in tensors),
+            policy.select, policy.is_scheduled, schedule.has_quota,
+            policy.is_drawn or config.unmasking_temperature > 0, config.unmasking_temperature, sampling,
+            unmasking_filter, tuple(tensor.data_ptr() for tensor in tensors),
         )  # fmt: skip
         self._take_canvas()
 

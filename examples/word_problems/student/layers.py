@@ -85,30 +85,48 @@ def rms_norm(
     return weight * nn.functional.rms_norm(x.float(), x.shape[-1:], eps=eps).to(x.dtype)
 
 
-def bidirectional_mask(
+def diffusion_mask(
     config: PreTrainedConfig,
     hidden_states: torch.Tensor,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor,
     past_key_values: Cache | None = None,
-) -> torch.Tensor | None:
-    """What the attention implementation of `config` takes for keys that nothing may attend to.
+) -> Any:
+    """What the attention implementation of `config` takes for what each position may attend to.
 
     Args:
-        config (`PreTrainedConfig`): of the model.
+        config (`PreTrainedConfig`): of the model; its `block_causal_length` decides the pattern.
         hidden_states (`torch.Tensor` of shape `(B, Q, D)`): input of the first layer.
-        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at these keys. None if there are none: a mask
-            is not searched for zeros, since that would be a wait for the device in every pass.
-        past_key_values (`Cache`, *optional*): tells how many keys there are.
+        attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at keys that nothing may attend to. None if
+            there are none: a mask is not searched for zeros, since that would be a wait for the device in every pass.
+        position_ids (`torch.Tensor` of shape `(B, Q)` or `(1, Q)`): from the first token of each row.
+        past_key_values (`Cache`, *optional*): tells how many keys there are. A `BlockCache` knows itself what is seen.
     """
-    if attention_mask is None:
+    if isinstance(past_key_values, BlockCache):
+        return None
+    length, implementation, in_blocks = config.block_causal_length, config._attn_implementation, None
+    is_sdpa = implementation in ("sdpa", BLOCK_SDPA)
+    if length is not None and (attention_mask is None or attention_mask.ndim == 2):
+        if past_key_values is not None or not (is_sdpa or implementation in ("eager", "flex_attention")):
+            raise ValueError(
+                f"`attn_implementation={implementation!r}` or `past_key_values` of this kind cannot attend by blocks: "
+                f"the one must be {BLOCK_SDPA!r}, 'sdpa', 'eager' or 'flex_attention', the other None."
+            )
+        blocks = (position_ids // length).expand(len(hidden_states), -1)
+
+        def in_blocks(batch, head, query, key):
+            return blocks[batch, query] >= blocks[batch, key]
+
+    if attention_mask is None and in_blocks is None:
         return None
     # transformers is renaming `past_key_values`: where it is handed on, it goes by its place.
     mask = create_bidirectional_mask(
-        config, hidden_states, attention_mask, None, past_key_values, allow_is_bidirectional_skip=False
-    )
-    if config._attn_implementation in ("sdpa", BLOCK_SDPA) and attention_mask.ndim == 2:
-        # Each layer would make this of a bool mask. It is the same for all queries.
-        is_hidden, dtype = ~mask[:, :, :1], hidden_states.dtype
+        config, hidden_states, attention_mask, None, past_key_values, and_mask_function=in_blocks,
+        allow_is_bidirectional_skip=False,
+    )  # fmt: skip
+    if is_sdpa and mask.ndim == 4 and mask.dtype == torch.bool:
+        # Each layer would make this of a bool mask. Without blocks, it is the same for all queries.
+        is_hidden, dtype = ~mask[:, :, :1] if in_blocks is None else ~mask, hidden_states.dtype
         mask = torch.zeros_like(is_hidden, dtype=dtype).masked_fill(is_hidden, torch.finfo(dtype).min)
         mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
     return mask
@@ -128,11 +146,13 @@ class RotaryTables:
         return RotaryTables(self.cos.to(*args, **kwargs), self.sin.to(*args, **kwargs))
 
 
-def prepare_attention(module: nn.Module, config: PreTrainedConfig, layer_idx: int) -> None:
+def prepare_attention(
+    module: nn.Module, config: PreTrainedConfig, layer_idx: int, head_dim: int | None = None
+) -> None:
     """Give a module what `attention` and transformers' attention functions read of it."""
     module.config = config
     module.layer_idx = layer_idx
-    module.head_dim = config.hidden_size // config.num_attention_heads
+    module.head_dim = head_dim or config.hidden_size // config.num_attention_heads
     module.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
     module.is_causal = False
 

@@ -5,26 +5,24 @@ Module names are those of the official checkpoints, so weights, adapters and oth
 The architecture is described in "Large Language Diffusion Models" (https://arxiv.org/abs/2502.09992).
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_llada import LLaDAConfig
 from .generation_diffusion import DiffusionGenerationMixin
+from .language_model import LanguageModelMixin, TransformerMixin
 from .layers import (
     BidirectionalPreTrainedModel,
     RMSNorm,
     RotaryTables,
     attention,
-    bidirectional_mask,
     prepare_attention,
-    select_positions,
     silu_product,
 )
 from .packed_projections import project
@@ -78,7 +76,7 @@ class LLaDAPreTrainedModel(BidirectionalPreTrainedModel):
     _can_record_outputs = {"hidden_states": LLaDALlamaBlock, "attentions": OutputRecorder(LLaDALlamaBlock, index=1)}
 
 
-class LLaDAModel(LLaDAPreTrainedModel):
+class LLaDAModel(TransformerMixin, LLaDAPreTrainedModel):
     """The transformer from token ids to normed hidden states. As in the official checkpoints it also *holds* the head
     (`transformer.ff_out`), which `LLaDAModelLM` applies."""
 
@@ -101,31 +99,15 @@ class LLaDAModel(LLaDAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding) -> None:
         self.transformer.wte = value
 
-    @capture_outputs
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
-        hidden_states = self.transformer.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if position_ids is None:
-            position_ids = torch.arange(hidden_states.shape[1], device=hidden_states.device)[None]
-        attention_mask = bidirectional_mask(self.config, hidden_states, attention_mask, past_key_values)
-        position_embeddings = rotary_tables(
-            position_ids, self.config.d_model // self.config.n_heads, self.config.rope_theta
-        )
-        for block in self.transformer.blocks:
-            hidden_states, _ = block(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        return BaseModelOutputWithPast(self.transformer.ln_f(hidden_states), past_key_values)
+    def parts(self) -> tuple[Iterable[nn.Module], nn.Module]:
+        return self.transformer.blocks, self.transformer.ln_f
+
+    def rotary_tables(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
+        head_dim = self.config.d_model // self.config.n_heads
+        return rotary_tables(position_ids, head_dim, self.config.rope_theta)
 
 
-class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
+class LLaDAModelLM(LanguageModelMixin, DiffusionGenerationMixin, LLaDAPreTrainedModel):
     """LLaDA with its head and parallel `generate()`. The logits at position i predict the token at position i."""
 
     logits_shift = 0
@@ -146,45 +128,6 @@ class LLaDAModelLM(DiffusionGenerationMixin, LLaDAPreTrainedModel):
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         self.config.embedding_size = embeddings.num_embeddings  # transformers only knows of `vocab_size`
         return embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """One pass over a canvas.
-
-        Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`): prompt and answer, `[MASK]` where nothing is decided.
-            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at positions that nothing may attend to.
-            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0, 1, ... if unset.
-            past_key_values (`Cache`, *optional*): keys and values of other positions.
-            inputs_embeds (`torch.FloatTensor` of shape `(B, T, d_model)`, *optional*): in place of `input_ids`.
-            logits_to_keep (`int` or `torch.LongTensor`, defaults to 0): positions to apply the head to: 0 for all,
-                n for the last n, a tensor `(L,)` for the same ones in each row, `(B, L)` for others in each row.
-
-        Returns:
-            `CausalLMOutputWithPast` with `logits` of shape `(B, L, embedding_size)`.
-        """
-        if labels is not None:
-            raise ValueError("`labels` has no meaning here: the loss depends on what was masked (see `trainer/`).")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        logits = self.model.transformer.ff_out(select_positions(outputs.last_hidden_state, logits_to_keep))
-        return CausalLMOutputWithPast(None, logits, past_key_values, outputs.hidden_states, outputs.attentions)
 
 
 LLaDAModelLM.register_for_auto_class("AutoModelForCausalLM")

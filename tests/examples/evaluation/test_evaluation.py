@@ -104,6 +104,7 @@ def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path, dtype):
     assert (tmp_path / "whole" / "seconds.json").exists() and not (tmp_path / "killed" / "seconds.json").exists()
 
 
+@pytest.mark.slow
 def test_two_processes(questions, tmp_path):
     arguments = ["--model", STUDENT, "--data", questions, "--max-new-tokens", 32, "--shard-size", 1, "--output-dir"]
     result = call(GSM8K_SCRIPT, *arguments, tmp_path / "one")

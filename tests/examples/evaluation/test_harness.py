@@ -114,6 +114,7 @@ def test_likelihoods_are_refused(tasks, word_model, word_tokenizer):
         evaluate(model, tasks, "choices")
 
 
+@pytest.mark.slow
 def test_from_the_shell(tasks, tmp_path):
     flags = ["--model", "dparallel", "--tasks", "word_problems", "--include_path", tasks, "--apply_chat_template"]
     flags += ["--model_args", f"pretrained={STUDENT},dtype=float32,unmasking=entropy_threshold,threshold=0.1"]

@@ -115,6 +115,7 @@ def test_tokens_per_second(tmp_path):
     assert load_measurements(path) == [point]
 
 
+@pytest.mark.slow
 def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_path):
     shutil.copytree(CHECKPOINT, tmp_path / "model")
     path = tmp_path / "model" / "generation_config.json"
@@ -133,6 +134,7 @@ def test_calibration_writes_the_fastest_threshold_that_is_accurate_enough(tmp_pa
     assert result.returncode == 1 and "no threshold is that accurate; nothing was written" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_bar_is_that_of_slow_decoding(word_model, word_tokenizer, tmp_path):
     task = find_task(TASK)
     arguments = {"limit": 2}

@@ -318,7 +318,7 @@ class DecodingLoop:
         is_alike, is_aligned = bool((plan.seen == shape.seen).all()), bool((plan.start == plan.start[0]).all())
         is_in_order = bool((plan.slot == np.arange(count)).all())
         if self.steps is not None:  # few shapes, so that graphs are found again
-            found = bucketed(shape, canvas.slots, canvas.width)
+            found = bucketed(shape, canvas.slots, canvas.width, self.config.block_length)
             is_alike, is_aligned = is_alike and found.seen == shape.seen and found.rows == count, False
             is_in_order, shape = count == found.rows == canvas.slots, found
         if canvas.cache is not None:
@@ -394,15 +394,15 @@ class DecodingLoop:
         return [answers]
 
 
-def bucketed(shape: Shape, slots: int, width: int) -> Shape:
+def bucketed(shape: Shape, slots: int, width: int, block_length: int) -> Shape:
     """The next larger of the few shapes that steps are captured for, on a canvas of that many slots and columns."""
-    rows, tokens = shape.rows, shape.tokens
+    rows, tokens, block = shape.rows, shape.tokens, min(_power_of_2(shape.block), block_length)
     rows = min(_multiple(rows, ROW_BUCKET) if rows > ROW_BUCKET else _power_of_2(rows), slots)
     if not tokens:
-        return shape._replace(rows=rows, seen=min(_multiple(shape.seen, WIDTH_BUCKET), width))
+        return Shape(rows, min(_multiple(shape.seen, WIDTH_BUCKET), width), block, 0, 0)
     longest = _power_of_2(shape.longest) if shape.longest <= MAX_TILE else width
     tokens = _multiple(tokens, max(TOKEN_BUCKET, _power_of_2(tokens) // 8))
-    return Shape(rows, width, shape.block, tokens, longest)
+    return Shape(rows, width, block, tokens, longest)
 
 
 def _multiple(number, step):

@@ -76,12 +76,14 @@ def floor_of_all(model, ceilings, batch_size, prompt_length, length, passes, cac
     blocks, total = length // BLOCK_LENGTH, 0.0
     for block in range(blocks):
         behind = length - block * BLOCK_LENGTH
-        usual = {"none": prompt_length + length, "prefix": behind, "dual": BLOCK_LENGTH}[cache]
-        first = prompt_length + length
-        if refresh == "previous_block" and block > 0:
+        usual = {"none": prompt_length + length, "prefix": behind}.get(cache, BLOCK_LENGTH)
+        first = seen = prompt_length + length
+        if cache == "exact":  # nothing behind the block is seen
+            first = seen = prompt_length + (block + 1) * BLOCK_LENGTH
+        if (refresh == "previous_block" or cache == "exact") and block > 0:
             first = usual + BLOCK_LENGTH
         for positions in (first, *[usual] * (passes // blocks - 1)):
-            total += floor(model, ceilings, batch_size, positions, prompt_length + length)
+            total += floor(model, ceilings, batch_size, positions, seen)
     return total
 
 
@@ -176,8 +178,9 @@ def main():
         "--passes", type=int, nargs="+", help="passes that an answer takes (default: 32 256, with --shape example 16)"
     )
     parser.add_argument("--length", type=int, help="tokens of an answer (default: 256, with --shape example 128)")
-    caches = ["none", "prefix", "dual", "dual,previous_block"]
-    caches_help = "values of `block_cache`, each alone or with a comma and a value of `cache_refresh`"
+    caches = ["none", "prefix", "dual", "dual,previous_block", "exact"]
+    caches_help = "values of `block_cache`, each alone or with a comma and a value of `cache_refresh`; exact: with "
+    caches_help += "attention that is causal between blocks"
     parser.add_argument("--caches", nargs="+", default=caches, help=caches_help)
     parser.add_argument("--repeats", type=int, default=3, help="calls that are timed, of which the fastest counts")
     parser.add_argument("--no_plain", action="store_true", help="leave out the plain loop")
@@ -211,6 +214,7 @@ def main():
         plain = None
         for decoding in [*decodings, *arguments.caches]:
             cache, _, refresh = decoding.partition(",")
+            model.config.block_causal_length = BLOCK_LENGTH if cache == "exact" else None
             if decoding == "plain loop":
                 cache = "none"
 

@@ -38,6 +38,9 @@ def test_floors(llada):
     found = decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "dual", "previous_block")
     assert found == pytest.approx(whole + two + 4 * block)
     assert decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "none", "") == pytest.approx(6 * whole)
+    parts = [(42, 42), (32, 42), (32, 42), (64, 74), (32, 74), (32, 74)]
+    expected = sum(decoding.floor(llada, ceilings, 1, *part) for part in parts)
+    assert decoding.floor_of_all(llada, ceilings, 1, 10, 64, 6, "exact", "") == pytest.approx(expected)
 
 
 def run(script, flags, tmp_path):
@@ -51,9 +54,16 @@ def run(script, flags, tmp_path):
 def test_the_decoding_benchmark_runs(tmp_path):
     flags = "--shape example --batch_sizes 2 --prompt_lengths 8 --length 32 --passes 2 --repeats 1"
     rows, printed = run("benchmarks/decoding.py", flags, tmp_path)
-    assert [row["decoding"] for row in rows] == ["plain loop", "none", "prefix", "dual", "dual,previous_block"]
+    assert [row["decoding"] for row in rows] == [
+        "plain loop",
+        "none",
+        "prefix",
+        "dual",
+        "dual,previous_block",
+        "exact",
+    ]
     assert all(0 < row["floor"] and 0 < row["seconds"] for row in rows)
-    assert printed.count("| 2 | 8 | 2 |") == 5
+    assert printed.count("| 2 | 8 | 2 |") == 6
 
 
 @pytest.mark.slow

@@ -75,6 +75,15 @@ def test_equals_plain_steps(device, family, settings, cache):
     assert device.captures
 
 
+def test_a_block_causal_model(device, family):
+    model = family.model.from_pretrained(family.golden, block_causal_length=6).to(device.name).eval()
+    settings = {"max_new_tokens": 22, "pad_token_id": EOS, "do_sample": False, "unmasking": "entropy_threshold"}
+    settings |= {"threshold": 0.8, "stop_at_eos": False}
+    ids, mask = (tensor.to(device.name) for tensor in padded_batch(prompts(10, seed=5)))
+    captured, plain = both(model, ids, attention_mask=mask, **settings)
+    assert torch.equal(captured.sequences, plain.sequences) and device.captures
+
+
 def test_graphs_are_found_again(device, family):
     model = family.load().to(device.name)
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "entropy_threshold", "stop_at_eos": False}

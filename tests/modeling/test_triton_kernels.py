@@ -157,28 +157,34 @@ PASSES = {
 }
 
 
+@pytest.mark.parametrize("blocks", [None, 4, 24])
 @pytest.mark.parametrize("name", PASSES)
 @pytest.mark.parametrize(("heads", "groups", "size"), [(2, 2, 16), (4, 2, 64)])
-def test_attention(name, heads, groups, size):
-    """Each token against what its own row sees, one by one."""
-    canvas, tokens = tokens_of(*PASSES[name])
+def test_attention(name, heads, groups, size, blocks):
+    """Each token against what its own row, and in a block-causal model its own block, sees."""
+    canvas, tokens = tokens_of(*PASSES[name], blocks=blocks)
     (keys, values), (query, _, _) = kept_and_queries(canvas, tokens, heads, groups, size, NARROW)
     found = triton_kernels.fused_attention(query, keys, values, tokens, size**-0.5)[0]
-    slots, _, sizes, seen, _ = PASSES[name]
+    slots, columns, sizes, seen, _ = PASSES[name]
     firsts = np.cumsum(sizes) - sizes
-    for slot, first, count, limit in zip(slots, firsts, sizes, seen, strict=True):
+    for slot, column, first, count, limit in zip(slots, columns, firsts, sizes, seen, strict=True):
         states = query[0, :, first : first + count], keys[slot, :, :limit], values[slot, :, :limit]
+        own = column + torch.arange(count, device=DEVICE)
+        stop = torch.full_like(own, limit) if blocks is None else (own // blocks + 1) * blocks
         expected = torch.nn.functional.scaled_dot_product_attention(
-            *(each.float()[None] for each in states), enable_gqa=True
+            *(each.float()[None] for each in states),
+            attn_mask=torch.arange(limit, device=DEVICE) < stop[:, None],
+            enable_gqa=True,
         )[0].transpose(0, 1)
         torch.testing.assert_close(found[first : first + count].float(), expected, atol=5e-3, rtol=1e-2)
 
 
+@pytest.mark.parametrize("blocks", [None, 4])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_attention_without_the_kernel(implementation):
+def test_attention_without_the_kernel(implementation, blocks):
     """Both put keys and values into the cache, and attend to them."""
     passes = ([3, 1, 7, 0], [70, 0, 33, 0], [7, 30, 3, 5], [90, 40, 130, 5], 3)
-    canvas, tokens = tokens_of(*passes)
+    canvas, tokens = tokens_of(*passes, blocks=blocks)
     kept, (query, key, value) = kept_and_queries(canvas, tokens, 4, 2, 16, torch.float32)
     tables = modeling_llada.rotary_tables(tokens.column[None], 16, 5e5)
     module = types.SimpleNamespace(

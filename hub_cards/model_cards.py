@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 TRAINING_FILE = "training.json"  # what trainers leave beside their models
 TAGS = ["diffusion", "dllm", "dparallel"]
 DECODING_FIELDS = (
-    "unmasking", "threshold", "steps", "schedule", "block_length", "max_new_tokens", "block_cache",
+    "unmasking", "threshold", "steps", "steps_per_block", "schedule", "block_length", "max_new_tokens", "block_cache",
     "cache_refresh", "cache_refresh_interval", "stop_at_eos", "eos_threshold",
 )  # fmt: skip
 LIMITATIONS = (

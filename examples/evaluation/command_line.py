@@ -17,6 +17,7 @@ from dparallel.hub_cards.hub_ids import check_folder_or_hub_id, file_of
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.hub_cards.merge import load_adapted, load_tokenizer
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
+from dparallel.modeling.generation_config_diffusion import BLOCK_CACHES
 
 from .evaluation import DECODING_ARGUMENTS, evaluate_task, origin_of
 from .tasks import TASKS, Task
@@ -180,10 +181,12 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
     add("--unmasking", "policy that decides which tokens are written", choices=sorted(POLICIES))
     add("--threshold", "threshold of a thresholded policy", type=float)
     add("--steps", "number of passes of a scheduled policy", type=int)
+    add("--steps_per_block", "number of passes of a scheduled policy for each block", type=int)
     add("--schedule", "how a scheduled policy spreads its steps", choices=sorted(SCHEDULES))
     add("--block_length", "tokens of a block", type=int)
-    caches = "what is kept between passes: nothing, keys and values before the block, or also those behind it"
-    add("--block_cache", caches, choices=["none", "prefix", "dual"])
+    caches = "what is kept between passes: nothing, keys and values before the block, also those behind it, or, in a "
+    caches += "block-causal model, exact ones"
+    add("--block_cache", caches, choices=BLOCK_CACHES)
     refreshes = "what is computed anew when a block begins: the whole canvas, or the block before it"
     add("--cache_refresh", refreshes, choices=["full", "previous_block"])
     add("--cache_refresh_interval", "passes after which the cache is computed anew within a block", type=int)

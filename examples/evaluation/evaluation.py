@@ -25,7 +25,7 @@ SECONDS_FILE = "seconds.json"
 WHERE_FILE = "where.json"
 SAMPLING_ARGUMENTS = ("do_sample", "temperature", "top_p", "top_k")
 DECODING_ARGUMENTS = (  # of generate(), as commands take them
-    "unmasking", "threshold", "steps", "schedule", "block_length", "block_cache", "cache_refresh",
+    "unmasking", "threshold", "steps", "steps_per_block", "schedule", "block_length", "block_cache", "cache_refresh",
     "cache_refresh_interval", "stop_at_eos", "eos_threshold",
 )  # fmt: skip
 
@@ -166,7 +166,7 @@ def resolve_decoding(model: PreTrainedModel, settings: dict[str, Any]) -> dict:
     found = {"unmasking": config.unmasking, **number, "max_new_tokens": config.max_new_tokens}
     found |= {name: value for name in names if (value := getattr(config, name)) is not None}
     hidden = {*(() if policy.is_scheduled else ("schedule",)), *(() if config.do_sample else SAMPLING_ARGUMENTS)}
-    hidden |= {"cache_refresh", "cache_refresh_interval"} if config.block_cache == "none" else set()
+    hidden |= {"cache_refresh", "cache_refresh_interval"} if config.block_cache in ("none", "exact") else set()
     return {name: value for name, value in found.items() if name not in hidden or name in settings}
 
 

@@ -23,9 +23,9 @@ from .metrics import accuracy_under_parallelism
 POLICY_COLOURS = {
     "entropy_threshold": "tab:blue", "confidence_threshold": "tab:orange", "entropy_bound": "tab:green",
     "confidence_factor": "tab:red", "learned_filter": "tab:purple", "confidence": "tab:brown", "entropy": "tab:pink",
-    "margin": "tab:olive", "random": "tab:cyan",
+    "margin": "tab:olive", "random": "tab:cyan", "leftmost": "tab:gray",
 }  # fmt: skip
-CACHE_LINES = {"none": "-", "prefix": ":", "dual": "--"}
+CACHE_LINES = {"none": "-", "prefix": ":", "dual": "--", "exact": "-."}
 SHOWN = {"nfe": "forward passes for an answer (NFE)", "seconds": "seconds for all answers"}
 SHOWN_POINTS_OF_ACCURACY = 30  # below the best; what is further below would press the rest together
 STEP = 4  # pixels between the places of a line at which a label is said to cross it

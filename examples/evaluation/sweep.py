@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
 from dparallel.modeling import POLICIES
+from dparallel.modeling.generation_config_diffusion import BLOCK_CACHES
 
 from .command_line import (
     add_data_arguments,
@@ -165,12 +166,11 @@ def main() -> None:
         help="policies, each with its thresholds or steps (default: four or five thresholds each of "
         "confidence_threshold, entropy_threshold and entropy_bound)",
     )
-    choices = ["none", "prefix", "dual"]
     parser.add_argument(
         "--block_cache",
         nargs="+",
         default=[None],
-        choices=choices,
+        choices=BLOCK_CACHES,
         help="caches that are tried (default: the checkpoint's own alone)",
     )
     parser.add_argument(

@@ -1,7 +1,10 @@
 """SDAR against numbers of the published code: its logits, its keys and values in effect, and its generation."""
 
+import json
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dparallel.modeling import SDARConfig, SDARForCausalLM
 from tests.golden import FIXTURES, load_cases
@@ -75,6 +78,10 @@ def test_files_are_the_official_ones(tmp_path):
     """Keys of config.json, names of tensors; and what some official files leave out has a default."""
     model = load("sdar_tiny", 4)
     model.save_pretrained(tmp_path)
+    official, saved = (load_file(folder / "model.safetensors") for folder in (FIXTURES / "sdar_tiny", tmp_path))
+    assert saved.keys() == official.keys() and all(torch.equal(saved[name], official[name]) for name in saved)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["architectures"], config["rope_theta"], config["head_dim"]) == (["SDARForCausalLM"], 1e6, 32)
     again = SDARForCausalLM.from_pretrained(tmp_path)
     assert again.config.block_causal_length == 4 and again.config._attn_implementation == "block_sdpa"
     config = SDARConfig()

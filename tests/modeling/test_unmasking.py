@@ -26,6 +26,8 @@ def slow_choice(name, confidence, entropy, margin, finality, candidates, setting
     scores = {"confidence": confidence, "entropy": [-e for e in entropy], "margin": margin}
     key = "entropy" if name.startswith("entropy") else "margin" if name == "margin" else "confidence"
     order = sorted(candidates, key=lambda i: -scores[key][i])
+    if name == "leftmost":
+        return set(sorted(candidates)[:setting])
     if name == "confidence_threshold":
         return {i for i in candidates if confidence[i] >= setting} | {order[0]}
     if name == "learned_filter":

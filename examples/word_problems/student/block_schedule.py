@@ -171,11 +171,11 @@ class BlockSchedule:
             written = np.minimum(np.cumsum(counts), masks)
             return [count for count in np.diff(written, prepend=0).tolist() if count]
         if self.grid is not None:  # blocks may be of unequal lengths, so each gets its share
+            block = begin
             steps = max(steps * (begin + masks) // length - steps * begin // length, 1)
         else:
             blocks, block = -(-length // self.block_length), begin // self.block_length
             steps = max(steps // blocks + (block < steps % blocks), 1)
-        block = begin // self.block_length
         generator = torch.Generator().manual_seed(mixed(self.seed, request, block)) if self.is_drawn else None
         return self.schedule(masks, steps, eps=self.eps, generator=generator)
 

@@ -14,7 +14,7 @@ from dparallel.modeling import POLICIES
 from .card_metadata import as_list, check_card_metadata
 from .hub_ids import is_hub_id
 from .measurements import RESULTS_FILE, eval_results, load_measurements
-from .model_families import FAMILIES, Paper
+from .model_families import FAMILIES, Paper, family_of
 from .requirements import PACKAGE, from_sources, install_command, needs_python
 
 logger = logging.get_logger(__name__)
@@ -97,7 +97,8 @@ def model_card(
     datasets = as_list(datasets) or training.get("datasets", [])
     count = _count_parameters(folder)
     generation = _read(folder / "generation_config.json")
-    papers = ["dparallel", *([family] if family in PAPERS else []), *(["learn2pd"] if unmasking_filter else [])]
+    known = family_of(family)
+    papers = ["dparallel", *([family] if known else []), *(["learn2pd"] if unmasking_filter else [])]
     data = ModelCardData(
         model_name=repo_id.split("/")[-1],
         base_model=base_model,
@@ -120,9 +121,7 @@ def model_card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         name=repo_id.split("/")[-1],
         what=what,
-        architecture=FAMILIES[family].architecture
-        if family in FAMILIES
-        else family or "its base model's architecture",
+        architecture=known.architecture if known else family or "its base model's architecture",
         parameters=_in_words(count),
         is_adapter=is_adapter,
         python=needs_python(),

@@ -2,8 +2,6 @@
 
 from typing import Any, NamedTuple
 
-from transformers import PreTrainedConfig
-
 
 class Paper(NamedTuple):
     """A paper to cite: its title, its number at arxiv.org, and its authors as BibTeX has them."""
@@ -67,6 +65,6 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def family_of(config: PreTrainedConfig) -> ModelFamily | None:
-    """The family of a model with this configuration, or None for one that is not of this package."""
-    return FAMILIES.get(config.model_type)
+def family_of(model_type: str | None) -> ModelFamily | None:
+    """The family of models whose configuration says this `model_type`, or None for one that is not of this package."""
+    return FAMILIES.get(model_type or "")

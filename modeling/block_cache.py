@@ -80,9 +80,13 @@ class Tokens:
                 own = self.first[:, None] + torch.arange(self.longest, device=seen.device)
                 seen = torch.minimum((own // self.block_causal_length + 1) * self.block_causal_length, seen)
             hidden = (columns >= seen[..., None]).to(device)[:, None]
-            mask = torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, torch.finfo(dtype).min)
-            self._once[dtype, device] = mask.expand(-1, -1, self.longest, -1)
+            self._once[dtype, device] = added_mask(hidden, dtype).expand(-1, -1, self.longest, -1)
         return self._once[dtype, device]
+
+
+def added_mask(is_hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to scores, of the same shape, so that nothing attends to what is hidden."""
+    return torch.zeros_like(is_hidden, dtype=dtype).masked_fill_(is_hidden, torch.finfo(dtype).min)
 
 
 class BlockCache(Cache):

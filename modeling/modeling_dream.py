@@ -42,14 +42,6 @@ class DreamRotaryEmbedding(Qwen2RotaryEmbedding):
         return self
 
 
-def rotary_tables(
-    embedding: DreamRotaryEmbedding, hidden_states: torch.Tensor, position_ids: torch.Tensor
-) -> RotaryTables:
-    """In float32 whatever the dtype of the model, and of two equal halves the first."""
-    tables = embedding(hidden_states.float(), position_ids)
-    return RotaryTables(*(table.chunk(2, dim=-1)[0][:, None] for table in tables))
-
-
 class DreamAttention(nn.Module):
     packed_projections = (("q_proj", "k_proj", "v_proj"),)
 
@@ -125,11 +117,13 @@ class DreamPreTrainedModel(BidirectionalPreTrainedModel):
 class DreamBaseModel(TransformerMixin, DreamPreTrainedModel):
     """The transformer from token ids to normed hidden states."""
 
+    layer_class: type[nn.Module] = DreamDecoderLayer
+
     def __init__(self, config: DreamConfig):
         super().__init__(config)
         # Padding is end-of-text, whose embedding is learned like any other: no `padding_idx`.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DreamDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(self.layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = DreamRotaryEmbedding(config)
         self.gradient_checkpointing = False
@@ -139,7 +133,9 @@ class DreamBaseModel(TransformerMixin, DreamPreTrainedModel):
         return self.layers, self.norm
 
     def rotary_tables(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
-        return rotary_tables(self.rotary_emb, hidden_states, position_ids)
+        # In float32 whatever the dtype of the model, and of two equal halves the first.
+        tables = self.rotary_emb(hidden_states.float(), position_ids)
+        return RotaryTables(*(table.chunk(2, dim=-1)[0][:, None] for table in tables))
 
 
 class DreamModel(LanguageModelMixin, DreamGenerationMixin, DreamPreTrainedModel):

@@ -14,9 +14,9 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_sdar import SDARConfig
 from .generation_diffusion import DiffusionGenerationMixin
-from .language_model import LanguageModelMixin, TransformerMixin
+from .language_model import LanguageModelMixin
 from .layers import BidirectionalPreTrainedModel, RMSNorm, RotaryTables, attention, prepare_attention
-from .modeling_dream import DreamDecoderLayer, DreamRotaryEmbedding, rotary_tables
+from .modeling_dream import DreamBaseModel, DreamDecoderLayer
 from .packed_projections import project
 
 
@@ -60,23 +60,10 @@ class SDARPreTrainedModel(BidirectionalPreTrainedModel):
     _can_record_outputs = {"hidden_states": SDARDecoderLayer, "attentions": OutputRecorder(SDARDecoderLayer, index=1)}
 
 
-class SDARModel(TransformerMixin, SDARPreTrainedModel):
-    """The transformer from token ids to normed hidden states."""
+class SDARModel(SDARPreTrainedModel, DreamBaseModel):
+    """The transformer from token ids to normed hidden states: Dream's with these layers."""
 
-    def __init__(self, config: SDARConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(SDARDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = DreamRotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def parts(self) -> tuple[nn.ModuleList, nn.Module]:
-        return self.layers, self.norm
-
-    def rotary_tables(self, hidden_states: torch.Tensor, position_ids: torch.Tensor) -> RotaryTables:
-        return rotary_tables(self.rotary_emb, hidden_states, position_ids)
+    layer_class = SDARDecoderLayer
 
 
 class SDARForCausalLM(LanguageModelMixin, DiffusionGenerationMixin, SDARPreTrainedModel):

@@ -2,11 +2,12 @@
 """From logits to what the unmasking policies look at: a token for each position, and how certain the model is."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
-from .triton_kernels import attempt, fused_token_statistics, suit_kernels
+from .triton_kernels import fused_token_statistics, kernel_or_plain, suit_kernels
 
 
 class TokenStatistics(NamedTuple):
@@ -42,9 +43,9 @@ def token_statistics(
         uniform (`torch.FloatTensor` of shape `(B, K)`, *optional*): random numbers between 0 and 1, one for each
             sampled choice.
     """
-    if warpers is None and suit_kernels(logits):
-        return TokenStatistics(*attempt(fused_token_statistics, plain_token_statistics, logits, mask_token_id))
-    return plain_token_statistics(logits, mask_token_id, warpers, uniform)
+    plain = partial(plain_token_statistics, warpers=warpers, uniform=uniform)
+    suits = warpers is None and suit_kernels(logits)
+    return TokenStatistics(*kernel_or_plain(suits, fused_token_statistics, plain, logits, mask_token_id))
 
 
 def plain_token_statistics(

@@ -2,8 +2,8 @@
 """What is between the matrix products of a step, each in one kernel: CUDA only, and without gradients.
 
 Each function has a plain twin where it is called, with the same rounding. `suit_kernels` says which one it is to be,
-and `attempt` takes the twin where a kernel does not work. With `DPARALLEL_KERNELS=0` in the environment, no kernel of
-this file is used.
+and `kernel_or_plain` calls it, or the twin where a kernel does not work. With `DPARALLEL_KERNELS=0` in the
+environment, no kernel of this file is used.
 """
 
 import os
@@ -43,10 +43,10 @@ def suit_kernels(*tensors: torch.Tensor) -> bool:
     )
 
 
-def attempt(kernel: Callable, plain: Callable, *arguments: Any) -> Any:
-    """What `kernel` makes of the arguments, or `plain`, from then on, where the kernel does not compile or cannot be
-    launched: there may be no compiler for it, or the GPU may be too small."""
-    if kernel not in failed:
+def kernel_or_plain(suits: bool, kernel: Callable, plain: Callable, *arguments: Any) -> Any:
+    """What `kernel` makes of the arguments if it `suits`, else `plain`; `plain` from then on, too, where the kernel
+    does not compile or cannot be launched: there may be no compiler for it, or the GPU may be too small."""
+    if suits and kernel not in failed:
         try:
             return kernel(*arguments)
         except torch.OutOfMemoryError:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from accelerate.logging import get_logger
 
-from dparallel.hub_cards.model_families import FAMILIES
+from dparallel.hub_cards.model_families import FAMILIES, family_of
 from dparallel.modeling import POLICIES
 
 from .diffusion_training_config import DiffusionTrainingConfig
@@ -116,7 +116,8 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
             self._require(getattr(self, name) >= 1, name, "at least 1")
 
     def completed(self, model_type: str) -> "CertaintyForcingConfig":
-        published = FAMILIES[model_type].distillation if model_type in FAMILIES else {}
+        known = family_of(model_type)
+        published = {} if known is None else known.distillation
         settled, family = copy.copy(self), published or FAMILIES["llada"].distillation
         for name in ("masking", "certainty_weight", *(("response_length",) if self.max_length == 0 else ())):
             if getattr(self, name) is None:

@@ -22,7 +22,7 @@ def complete_lora_config(model: PreTrainedModel, config: PeftConfig) -> PeftConf
     """
     if not isinstance(config, LoraConfig):
         return config
-    config, family = copy.deepcopy(config), family_of(model.config)
+    config, family = copy.deepcopy(config), family_of(model.config.model_type)
     if config.target_modules in (None, "all"):
         config.target_modules = "all-linear" if family is None else family.projections
     elif config.target_modules == "published":

@@ -128,6 +128,14 @@ def kept_and_queries(canvas, tokens, heads, groups, size, dtype):
     return kept, packed.unflatten(-1, (-1, size)).transpose(1, 2).split((heads, groups, groups), dim=1)
 
 
+def attention_module(implementation, size):
+    """What attention looks at of a layer whose queries have two heads for each of the keys."""
+    config = types.SimpleNamespace(_attn_implementation=implementation)
+    return types.SimpleNamespace(
+        config=config, layer_idx=0, head_dim=size, num_key_value_groups=2, is_causal=False, training=False
+    )
+
+
 @pytest.mark.parametrize("spare", [0, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "groups", "size"), [(3, 3, 16), (20, 10, 32)])
@@ -187,14 +195,7 @@ def test_attention_without_the_kernel(implementation, blocks):
     canvas, tokens = tokens_of(*passes, blocks=blocks)
     kept, (query, key, value) = kept_and_queries(canvas, tokens, 4, 2, 16, torch.float32)
     tables = modeling_llada.rotary_tables(tokens.column[None], 16, 5e5)
-    module = types.SimpleNamespace(
-        config=types.SimpleNamespace(_attn_implementation=implementation),
-        layer_idx=0,
-        head_dim=16,
-        num_key_value_groups=2,
-        is_causal=False,
-        training=False,
-    )
+    module = attention_module(implementation, 16)
     found = layers.cached_attention(module, query, key, value, tables, canvas.cache.place(tokens))
     rotated = triton_kernels.fused_rotate(query, key, tables.cos, tables.sin, value, kept, tokens)
     expected = triton_kernels.fused_attention(rotated, *kept, tokens, 0.25)
@@ -211,10 +212,7 @@ def test_which_attention_goes_to_the_kernel(monkeypatch):
     def runs_kernel(implementation, dtype, size):
         called.clear()
         _, (query, key, value) = kept_and_queries(canvas, tokens, 4, 2, size, dtype)
-        module = types.SimpleNamespace(
-            config=types.SimpleNamespace(_attn_implementation=implementation), layer_idx=0, head_dim=size,
-            num_key_value_groups=2, is_causal=False, training=False,
-        )  # fmt: skip
+        module = attention_module(implementation, size)
         tables = modeling_llada.rotary_tables(tokens.column[None], size, 5e5)
         canvas.cache.keys, canvas.cache.values = [], []
         layers.cached_attention(module, query, key, value, tables, canvas.cache.place(tokens))

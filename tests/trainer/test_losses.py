@@ -17,7 +17,7 @@ def test_loss_and_gradients_of_the_published_code(name, number):
     cases, tensors = load_cases(f"loss_{name}")
     case, family = cases[number], FAMILIES[name.partition("_")[0]]
     model = family.model.from_pretrained(FIXTURES / name)
-    weight = family_of(model.config).distillation["certainty_weight"]
+    weight = family_of(model.config.model_type).distillation["certainty_weight"]
     saved = {key.partition(".")[2]: value for key, value in tensors.items() if key.partition(".")[0] == case["id"]}
     total = 0
     for view in ("", "_rev"):

@@ -263,9 +263,10 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
             config.block_cache = "none"
         # Padding is no text: show what is no text either, and whose logits do not count.
         shown = input_ids.masked_fill(mask == 0, config.mask_token_id)
-        process = partial(_process_in_step, processors, shown)
-        stop = partial(ends_in_step, criteria, prompts=input_ids)
-        if self.block_causal_length is not None:  # the rows' blocks begin at other places, so they are not in step
+        if self.block_causal_length is None:
+            process = partial(_process_in_step, processors, shown)
+            stop = partial(ends_in_step, criteria, prompts=input_ids)
+        else:  # the rows' blocks begin at other places, so they are not in step
             process = partial(process_row_by_row, partial(self._processors, config, logits_processor))
             is_in_step, stop = has_own_adapters, partial(ends_row_by_row, criteria)
         decode, wait = self._decoder(

@@ -14,7 +14,7 @@ import torch
 
 from .block_cache import BlockCache, Tokens
 from .token_statistics import TokenStatistics
-from .triton_kernels import attempt, fused_write, suit_kernels
+from .triton_kernels import fused_write, kernel_or_plain, suit_kernels
 
 MAX_TILE = 128  # tokens of a row that the kernel of attention takes at a time at most
 
@@ -68,7 +68,7 @@ class Shape(NamedTuple):
     @property
     def tile(self) -> int:
         """Tokens that the kernel of attention takes at a time."""
-        return min(max(1 << (self.longest - 1).bit_length(), 16), MAX_TILE)
+        return min(max(power_of_2(self.longest), 16), MAX_TILE)
 
     @property
     def tiles(self) -> int:
@@ -91,13 +91,18 @@ def taken_apart(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return state[:, 0], state[:, 1], state[:, 2].view(torch.float32)[:, ::2]
 
 
-def runs_of(slots: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Where runs of consecutive slots begin and end in a sequence of them."""
+def runs_of(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """Runs of consecutive slots: which part of the sequence each is, and which slots."""
     begin = 0
     for end in range(1, len(slots) + 1):
         if end == len(slots) or slots[end] != slots[end - 1] + 1:
-            yield begin, end
+            yield slice(begin, end), slice(slots[begin], slots[end - 1] + 1)
             begin = end
+
+
+def power_of_2(number: int) -> int:
+    """The next one from this number on."""
+    return 1 << (number - 1).bit_length()
 
 
 class Canvas:
@@ -156,17 +161,15 @@ class Canvas:
         staged[: len(slots), 0] = self.layout.mask_token_id
         for row, prompt in zip(staged, prompts, strict=False):
             row[0, : len(prompt)] = prompt
-        for begin, end in runs_of(slots):
-            place = slice(slots[begin], slots[begin] + end - begin)
-            self.state[place].copy_(self._host_state[begin:end], non_blocking=True)
+        for part, run in runs_of(slots):
+            self.state[run].copy_(self._host_state[part], non_blocking=True)
 
     def unload(self, slots: Sequence[int], device: torch.device) -> torch.Tensor:
         """The state of these slots, (N, 3, T + 1), on a device, where it may still be under way."""
         is_pinned = device.type == "cpu" and self.state.is_cuda
         state = torch.empty(len(slots), *self.state.shape[1:], dtype=torch.long, device=device, pin_memory=is_pinned)
-        for begin, end in runs_of(slots):
-            place = slice(slots[begin], slots[begin] + end - begin)
-            state[begin:end].copy_(self.state[place], non_blocking=True)
+        for part, run in runs_of(slots):
+            state[part].copy_(self.state[run], non_blocking=True)
         return state
 
     # --- what the host and the device tell each other ----------------------------------------------------------------
@@ -255,10 +258,8 @@ class Canvas:
             statistics (`TokenStatistics`): tokens and certainties, (R, K).
             accepted (`torch.BoolTensor` of shape `(R, K)`): what is written of it.
         """
-        if self.layout.eos_threshold is None and suit_kernels(self.unmasking_confidence):
-            attempt(fused_write, plain_write, self, plan, statistics, accepted, masked)
-        else:
-            plain_write(self, plan, statistics, accepted, masked)
+        suits = self.layout.eos_threshold is None and suit_kernels(self.unmasking_confidence)
+        kernel_or_plain(suits, fused_write, plain_write, self, plan, statistics, accepted, masked)
 
 
 def plain_write(
@@ -284,9 +285,17 @@ def plain_write(
     plan.number.add_(1)
 
 
-def accept_predicted_end(canvas, plan, columns, masked, statistics, accepted):
+def accept_predicted_end(
+    canvas: Canvas,
+    plan: Plan,
+    columns: torch.Tensor,
+    masked: torch.Tensor,
+    statistics: TokenStatistics,
+    accepted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """End-of-Text Prediction: the first end-of-text of a row's block that the policy accepts, or that is likely
-    enough, is written, and the row sees nothing behind it any more."""
+    enough, is written, and the row sees nothing behind it any more. Returns what rows see then, (R,), what may be
+    written then, and what of it is accepted, (R, K)."""
     is_end = masked & torch.isin(statistics.token, canvas.eos)
     is_end &= accepted | (statistics.confidence >= canvas.layout.eos_threshold)
     first = torch.where(is_end, columns, canvas.width + 1).amin(dim=1)

@@ -20,7 +20,7 @@ from transformers.generation import BaseStreamer, LogitsProcessorList
 from transformers.utils import logging
 
 from .block_schedule import BlockSchedule, Rows
-from .canvas import MAX_TILE, Canvas, Layout, Plan, Shape
+from .canvas import MAX_TILE, Canvas, Layout, Plan, Shape, power_of_2
 from .captured_step import CapturedSteps
 from .draws import POSITIONS, TOKENS, uniform
 from .generation_config_diffusion import SAMPLING_FIELDS, DiffusionGenerationConfig
@@ -314,15 +314,16 @@ class DecodingLoop:
 
     def _settings(self, plan: Plan, shape: Shape) -> StepSettings:
         """Of the step that makes this pass."""
-        canvas, count = self.canvas, shape.rows
-        is_alike, is_aligned = bool((plan.seen == shape.seen).all()), bool((plan.start == plan.start[0]).all())
-        is_in_order = bool((plan.slot == np.arange(count)).all())
-        if self.steps is not None:  # few shapes, so that graphs are found again
-            found = bucketed(shape, canvas.slots, canvas.width, self.config.block_length)
-            is_alike, is_aligned = is_alike and found.seen == shape.seen and found.rows == count, False
-            is_in_order, shape = count == found.rows == canvas.slots, found
-        if canvas.cache is not None:
-            is_in_order = is_alike = is_aligned = False  # which does not matter there
+        canvas, count, seen, is_captured = self.canvas, shape.rows, shape.seen, self.steps is not None
+        if is_captured:  # few shapes, so that graphs are found again
+            shape = bucketed(shape, canvas.slots, canvas.width, self.config.block_length)
+        if canvas.cache is not None:  # tokens know their rows, however those lie
+            return StepSettings(shape, False, False, False, *self.fixed)
+        is_in_order = (
+            count == shape.rows == canvas.slots if is_captured else bool((plan.slot == np.arange(count)).all())
+        )
+        is_alike = (shape.rows, shape.seen) == (count, seen) and bool((plan.seen == seen).all())
+        is_aligned = not is_captured and bool((plan.start == plan.start[0]).all())
         return StepSettings(shape, is_in_order, is_alike, is_aligned, *self.fixed)
 
     def _begin_again_with_fewer_slots(self, error):
@@ -396,21 +397,17 @@ class DecodingLoop:
 
 def bucketed(shape: Shape, slots: int, width: int, block_length: int) -> Shape:
     """The next larger of the few shapes that steps are captured for, on a canvas of that many slots and columns."""
-    rows, tokens, block = shape.rows, shape.tokens, min(_power_of_2(shape.block), block_length)
-    rows = min(_multiple(rows, ROW_BUCKET) if rows > ROW_BUCKET else _power_of_2(rows), slots)
+    rows, tokens, block = shape.rows, shape.tokens, min(power_of_2(shape.block), block_length)
+    rows = min(_multiple(rows, ROW_BUCKET) if rows > ROW_BUCKET else power_of_2(rows), slots)
     if not tokens:
         return Shape(rows, min(_multiple(shape.seen, WIDTH_BUCKET), width), block, 0, 0)
-    longest = _power_of_2(shape.longest) if shape.longest <= MAX_TILE else width
-    tokens = _multiple(tokens, max(TOKEN_BUCKET, _power_of_2(tokens) // 8))
+    longest = power_of_2(shape.longest) if shape.longest <= MAX_TILE else width
+    tokens = _multiple(tokens, max(TOKEN_BUCKET, power_of_2(tokens) // 8))
     return Shape(rows, width, block, tokens, longest)
 
 
 def _multiple(number, step):
     return -(-number // step) * step
-
-
-def _power_of_2(number):
-    return 1 << (number - 1).bit_length()
 
 
 def device_of(canvas: Canvas):

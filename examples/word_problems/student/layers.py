@@ -13,14 +13,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 
-from .block_cache import BlockCache, Tokens
+from .block_cache import BlockCache, Tokens, added_mask
 from .triton_kernels import (
     HEAD_DIMS,
-    attempt,
     fused_attention,
     fused_rms_norm,
     fused_rotate,
     fused_silu_product,
+    kernel_or_plain,
     suit_kernels,
 )
 
@@ -70,8 +70,9 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """The norm of `x`; with a residual, the sum of the two and the norm of that."""
-        arguments = x, self.weight, self.eps, residual
-        return attempt(fused_rms_norm, rms_norm, *arguments) if suit_kernels(x, self.weight) else rms_norm(*arguments)
+        return kernel_or_plain(
+            suit_kernels(x, self.weight), fused_rms_norm, rms_norm, x, self.weight, self.eps, residual
+        )
 
 
 def rms_norm(
@@ -114,7 +115,7 @@ def diffusion_mask(
             )
         blocks = (position_ids // length).expand(len(hidden_states), -1)
 
-        def in_blocks(batch, head, query, key):
+        def in_blocks(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
             return blocks[batch, query] >= blocks[batch, key]
 
     if attention_mask is None and in_blocks is None:
@@ -127,8 +128,7 @@ def diffusion_mask(
     if is_sdpa and mask.ndim == 4 and mask.dtype == torch.bool:
         # Each layer would make this of a bool mask. Without blocks, it is the same for all queries.
         is_hidden, dtype = ~mask[:, :, :1] if in_blocks is None else ~mask, hidden_states.dtype
-        mask = torch.zeros_like(is_hidden, dtype=dtype).masked_fill(is_hidden, torch.finfo(dtype).min)
-        mask = mask.expand(-1, -1, hidden_states.shape[1], -1)
+        mask = added_mask(is_hidden, dtype).expand(-1, -1, hidden_states.shape[1], -1)
     return mask
 
 
@@ -190,14 +190,13 @@ def cached_attention(
     """Attention of the tokens of a pass, (1, heads, N, head_dim), each to what its own row sees of the cache, where
     their keys and values are put first. Returns (1, N, heads, head_dim)."""
     kept, tokens = cache.of_layer(module.layer_idx, key), cache.tokens
-    is_fused = query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value)
-    arguments = query, key, tables.cos, tables.sin, value, kept, tokens
-    query = attempt(fused_rotate, rotate_and_keep, *arguments) if is_fused else rotate_and_keep(*arguments)
-    keys, values = kept
+    suits = query.shape[3] in HEAD_DIMS and suit_kernels(query, key, value)
+    query = kernel_or_plain(
+        suits, fused_rotate, rotate_and_keep, query, key, tables.cos, tables.sin, value, kept, tokens
+    )
+    suits = suits and module.config._attn_implementation == BLOCK_SDPA and query.dtype.itemsize == 2
     attend, scaling = partial(padded_attention, module), module.head_dim**-0.5
-    if is_fused and module.config._attn_implementation == BLOCK_SDPA and query.dtype.itemsize == 2:
-        return attempt(fused_attention, attend, query, keys, values, tokens, scaling)
-    return attend(query, keys, values, tokens, scaling)
+    return kernel_or_plain(suits, fused_attention, attend, query, *kept, tokens, scaling)
 
 
 def rotate_and_keep(
@@ -247,9 +246,8 @@ def plain_attention(
 def rotate(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Sequence[torch.Tensor]:
     """Rotary embedding of queries and keys (B, heads, T, head_dim), in float32, by tables (B or 1, 1, T,
     head_dim / 2)."""
-    if query.shape[3] in HEAD_DIMS and suit_kernels(query, key):
-        return attempt(fused_rotate, plain_rotate, query, key, cos, sin)
-    return plain_rotate(query, key, cos, sin)
+    suits = query.shape[3] in HEAD_DIMS and suit_kernels(query, key)
+    return kernel_or_plain(suits, fused_rotate, plain_rotate, query, key, cos, sin)
 
 
 def plain_rotate(
@@ -264,11 +262,7 @@ def plain_rotate(
 
 def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up."""
-    return (
-        attempt(fused_silu_product, plain_silu_product, gate, up)
-        if suit_kernels(gate, up)
-        else plain_silu_product(gate, up)
-    )
+    return kernel_or_plain(suit_kernels(gate, up), fused_silu_product, plain_silu_product, gate, up)
 
 
 def plain_silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

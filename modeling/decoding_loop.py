@@ -214,7 +214,9 @@ class DecodingLoop:
         device_of_answers: torch.device | None = None,
     ):
         self.model, self.config, self.schedule, self.steps, self.seed = model, config, schedule, steps, seed
-        self.process, self.criteria, self.choose = process, stop, choose
+        self.process = None if process is None else partial(process, self)
+        self.criteria, self.choose = stop, choose
+        self.lock = _locks.setdefault(model, threading.RLock())
         self.clocks, self.streamer, self.wait = list(clocks), streamer, wait
         self.device_of_answers = device if device_of_answers is None else device_of_answers
         self.layout = Layout(
@@ -223,8 +225,9 @@ class DecodingLoop:
         )  # fmt: skip
         self.waiting: deque[Prompt] = deque()
         self.is_late, self.streamed = False, 0
-        self.planned: np.ndarray | None = None  # slots of the pass that `settings` are of
+        self.planned: np.ndarray | None = None  # slots of the pass that `settings` and `step` are of
         self.settings: StepSettings
+        self.step: Callable[[], None]
         policy = POLICIES[config.unmasking]
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
@@ -300,16 +303,15 @@ class DecodingLoop:
         canvas = self.canvas
         if self.planned is not plan.slot:  # else the pass is like the one before
             self.planned, self.settings = plan.slot, self._settings(plan, shape)
-        process = None if self.process is None else partial(self.process, self)
-        step = partial(decode_step, self.model, canvas, self.settings, process, self.choose)
+            self.step = partial(decode_step, self.model, canvas, self.settings, self.process, self.choose)
         if self.wait is not None:
             self.wait()
-        with _locks.setdefault(self.model, threading.RLock()), device_of(canvas):
+        with self.lock, device_of(canvas):
             canvas.send(plan, self.settings.shape)
             if self.steps is None:
-                step()
+                self.step()
             else:
-                self.steps.run(canvas, self.settings, step)
+                self.steps.run(canvas, self.settings, self.step)
         return self.settings.shape.rows
 
     def _settings(self, plan: Plan, shape: Shape) -> StepSettings:
@@ -339,6 +341,7 @@ class DecodingLoop:
             Prompt(int(rows.request[slot]), ids[slot][: rows.prompt_length[slot]], int(rows.length[slot]))
             for slot in reversed(unfinished)
         )
+        del self.step  # which holds the canvas, too
         self.canvas = None  # before there is another
         torch.cuda.empty_cache()
         self.layout = self.layout._replace(slots=slots)

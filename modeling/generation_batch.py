@@ -13,6 +13,7 @@ from transformers.generation import LogitsProcessorList, StoppingCriteriaList
 from .decoding_loop import Prompt
 from .generation_config_diffusion import require
 from .generation_inputs import (
+    Limits,
     answer_length,
     arguments_of_peft,
     check_adapter,
@@ -138,7 +139,7 @@ class BatchGenerationMixin(GenerationMixin):
         check_objects(logits_processor, stopping_criteria, None, generator)
         check_adapter(self, arguments_of_peft(self))
         self._prepare_special_tokens(config, True, self.device, 1)
-        make = partial(_make_prompt, self, config, max_length)
+        make = partial(_make_prompt, Limits.of(self), config, max_length)
         prompts: Iterable[Any]
         count = config.num_return_sequences or 1
         if isinstance(inputs, (list, tuple)):
@@ -185,7 +186,7 @@ class BatchGenerationMixin(GenerationMixin):
                         continue
                     for number in range(count):
                         begun[prompt.request * count + number] = prompt
-                        yield prompt._replace(request=prompt.request * count + number)
+                        yield Prompt(prompt.request * count + number, prompt.ids, prompt.length)
 
             source = admitted()
             for part in decode(source):
@@ -223,12 +224,13 @@ def process_row_by_row(make_processors: Callable, loop: Any, plan: Any, logits: 
     return torch.cat(rows)
 
 
-def _make_prompt(model, config, max_length, prompt, index):
-    ids = check_prompt(model, config, prompt, index)
+def _make_prompt(limits, config, max_length, prompt, index):
+    ids = check_prompt(limits, config, prompt, index)
     try:
-        length = answer_length(model, config, len(ids))
-        allowed = f"at least {len(ids) + length}, the tokens of the prompt and its answer"
-        require(max_length is None or len(ids) + length <= max_length, "max_length", max_length, allowed)
+        length = answer_length(limits, config, len(ids))
+        if max_length is not None:
+            allowed = f"at least {len(ids) + length}, the tokens of the prompt and its answer"
+            require(len(ids) + length <= max_length, "max_length", max_length, allowed)
     except ValueError as error:
         raise ValueError(f"`inputs[{index}]`: {error}") from None
     return Prompt(index, ids, length)

@@ -5,7 +5,7 @@ import math
 import operator
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -77,9 +77,26 @@ def _check_mask(attention_mask, input_ids):
     return attention_mask
 
 
-def check_prompt(model: PreTrainedModel, config: DiffusionGenerationConfig, prompt: Any, index: int) -> list[int]:
+class Limits(NamedTuple):
+    """What a model asks of prompts, looked up once for all of them: attributes of its configuration are slow to read.
+
+    Token ids are below `vocab_size`, a prompt with its answer has at most `positions` tokens, and `is_empty_allowed`
+    says whether a prompt may have none.
+    """
+
+    vocab_size: int
+    positions: float
+    is_empty_allowed: bool
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "Limits":
+        positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+        return cls(model.config.vocab_size, positions, not model.logits_shift)
+
+
+def check_prompt(limits: Limits, config: DiffusionGenerationConfig, prompt: Any, index: int) -> list[int]:
     """One prompt of `generate_batch()`, a list or a one-dimensional tensor of token ids, as a list."""
-    name, vocab_size = f"inputs[{index}]", model.config.vocab_size
+    name = f"inputs[{index}]"
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.tolist()
     try:
@@ -89,12 +106,12 @@ def check_prompt(model: PreTrainedModel, config: DiffusionGenerationConfig, prom
         is_list = False
     if not is_list:
         raise ValueError(f"`{name}` is {_shortened(prompt)}: it must be a list of token ids.")
-    if not ids and (model.logits_shift or config.bos_token_id is None):
+    if not ids and (not limits.is_empty_allowed or config.bos_token_id is None):
         raise ValueError(f"`{name}` is empty: it must hold at least one token.")
     ids = ids or [config.bos_token_id]
     low, high = min(ids), max(ids)
-    if low < 0 or high >= vocab_size:
-        raise ValueError(f"`{name}` holds ids from {low} to {high}: they must be from 0 to {vocab_size - 1}.")
+    if low < 0 or high >= limits.vocab_size:
+        raise ValueError(f"`{name}` holds ids from {low} to {high}: they must be from 0 to {limits.vocab_size - 1}.")
     if config.mask_token_id in ids:
         raise ValueError(f"`{name}` holds `mask_token_id={config.mask_token_id}`: a prompt must not contain [MASK].")
     return ids
@@ -105,19 +122,18 @@ def _shortened(value):
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def answer_length(model: PreTrainedModel, config: DiffusionGenerationConfig, prompt_length: int) -> int:
+def answer_length(limits: Limits, config: DiffusionGenerationConfig, prompt_length: int) -> int:
     """How many tokens the answer to a prompt of this length gets."""
-    limit = getattr(model.config, "max_position_embeddings", None) or math.inf
     length = config.max_new_tokens
     if length is None and config.max_length is None:
-        length = max(min(DEFAULT_MAX_NEW_TOKENS, limit - prompt_length), 1)
+        length = max(min(DEFAULT_MAX_NEW_TOKENS, limits.positions - prompt_length), 1)
     elif length is None:
         length = config.max_length - prompt_length
         require(length > 0, "max_length", config.max_length, f"above the prompt length, {prompt_length}")
-    if prompt_length + length > limit:
+    if prompt_length + length > limits.positions:
         raise ValueError(
             f"A prompt of {prompt_length} tokens and `max_new_tokens={length}` make {prompt_length + length}: "
-            f"together they must be at most `config.max_position_embeddings={limit}`."
+            f"together they must be at most `config.max_position_embeddings={limits.positions}`."
         )
     return length
 

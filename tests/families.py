@@ -104,5 +104,5 @@ SDAR = replace(
     shape=QWEN.shape | {"head_dim": 16, "block_size": None},
 )  # fmt: skip
 ALL_FAMILIES = FAMILIES | {"sdar": SDAR}
-# For `pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)`: tests that start processes.
+# For `pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)`: tests that start processes or take long.
 MOSTLY_SLOW = ["llada", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dream", "sdar"))]

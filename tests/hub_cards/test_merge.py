@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dparallel.hub_cards import load_adapted, merge_adapter, push_model
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
+from tests.families import MOSTLY_SLOW
 
 ROWS = [{"prompt": f"Sam has {i} books. ", "completion": f"So it is {i}."} for i in range(8)]
 
@@ -71,6 +72,7 @@ def test_merged_equals_unmerged(trained, tmp_path, small_model, word_tokenizer, 
     assert (config.unmasking, config.threshold, config.max_new_tokens) == ("entropy_threshold", 0.25, 128)
 
 
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_merged_model_needs_no_package(trained, tmp_path, word_tokenizer):
     merged = merge_adapter(trained, tmp_path / "merged", word_tokenizer, unmasking="entropy_bound", threshold=0.2)
     prompt = "Sam has 3 books. "
@@ -177,6 +179,7 @@ def on_tokens(family, settings):
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
     ("name", "change"),

@@ -415,6 +415,7 @@ def test_numbers_of_another_model_are_under_its_name(folder, tmp_path, measured,
     assert ("model-index" in card) != is_other and (f"numbers of '{measured}'" in caplog.text) == is_other
 
 
+@pytest.mark.slow
 def test_the_example(hub, word_model):
     result = call("push_to_hub.py", CHECKPOINT, "user/example")
     assert result.returncode == 0, result.stderr

@@ -61,8 +61,15 @@ def assert_same(captured, plain):
     torch.testing.assert_close(captured.unmasking_confidence, plain.unmasking_confidence, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("cache", [{}, *CACHES], ids=name_of)
-@pytest.mark.parametrize("settings", POLICY_SETTINGS[:-1], ids=name_of)
+# All policies without a cache, and all caches with one policy: quick; the rest is slow.
+COMBINED = [
+    pytest.param(settings, cache, marks=pytest.mark.slow if cache and settings is not POLICY_SETTINGS[0] else ())
+    for settings in POLICY_SETTINGS[:-1]
+    for cache in [{}, *CACHES]
+]
+
+
+@pytest.mark.parametrize(("settings", "cache"), COMBINED, ids=name_of)
 def test_equals_plain_steps(device, family, settings, cache):
     """Prompts of all lengths one after the other, then a batch of them whose rows end at different times."""
     model = family.load().to(device.name)

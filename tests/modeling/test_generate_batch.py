@@ -44,8 +44,8 @@ def assert_equal(outputs, batch, width):
 
 
 SETTINGS = [*POLICY_SETTINGS, *DRAWN]
-# All policies without a cache, and all caches with some policies: quick; the rest is slow.
-QUICK = [(settings, {}) for settings in SETTINGS] + [(SETTINGS[i], cache) for i in (0, 7, -1) for cache in CACHES]
+# All policies without a cache, and all caches with one policy: quick; the rest is slow.
+QUICK = [(settings, {}) for settings in SETTINGS] + [(SETTINGS[0], cache) for cache in CACHES]
 ALL = [
     pytest.param(settings, cache, marks=() if (settings, cache) in QUICK else pytest.mark.slow)
     for settings in SETTINGS
@@ -56,7 +56,7 @@ ALL = [
 @pytest.mark.parametrize(("settings", "cache"), ALL, ids=name_of)
 def test_equals_generate(family, model, settings, cache):
     """Prompts of all lengths, of which seven are decoded at a time."""
-    rows = prompts(40, seed=6, longest=60)
+    rows = prompts(24, seed=6, longest=60)
     settings = settings | cache | {"max_new_tokens": 20, "block_length": 8, "eos_token_id": list(family.frequent)}
     settings["pad_token_id"] = EOS
     torch.manual_seed(3)

@@ -36,7 +36,7 @@ def load(name, block_length, **kwargs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("attention", ["block_sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize("attention", ["block_sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "case"), LOGITS)
 def test_published_logits(name, case, attention):
     _, tensors = load_cases(f"logits_{name}")
@@ -45,7 +45,7 @@ def test_published_logits(name, case, attention):
     torch.testing.assert_close(model(ids).logits, tensors[f"{case['id']}.logits"], atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("cache", ["exact", "none"])
+@pytest.mark.parametrize("cache", ["exact", pytest.param("none", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "case"), CASES)
 def test_published_tokens_and_passes(name, case, cache):
     """Up to the first stop id: what the published loop leaves behind it is its own affair."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.families import FAMILIES
+from tests.families import FAMILIES, MOSTLY_SLOW
 from tests.golden import FIXTURES, load_cases
 
 
@@ -184,6 +184,7 @@ def test_attention_implementations_agree_on_a_gpu(family, attention):
 
 
 @torch.no_grad()  # on a CPU, flex attention only goes forward
+@pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
 def test_flex_attention_agrees(family, prompt):
     ids = torch.cat((prompt, prompt.flip(1)))
     mask = (torch.arange(9) >= torch.tensor([[0], [4]])).long()

@@ -3,10 +3,13 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.families import FAMILIES
 from tests.scripts import run
 
 
+@pytest.mark.slow
 def test_models_in_parts_are_those_of_one_piece(tmp_path):
     launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", 2, "-m"]
     result = run(*launcher, "tests.modeling.tensor_parallel", tmp_path, cwd=Path(__file__).parents[2])

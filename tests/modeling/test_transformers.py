@@ -78,7 +78,7 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize(
     "source",
-    ["teacher", "dream", *(pytest.param(name, marks=pytest.mark.slow) for name in ("student", "llada", "sdar"))],
+    ["dream", *(pytest.param(name, marks=pytest.mark.slow) for name in ("teacher", "student", "llada", "sdar"))],
 )
 def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
     """From the folders in the repository, and from a saved model of each family."""

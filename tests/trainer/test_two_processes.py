@@ -27,6 +27,7 @@ def launch(folder, *tasks):
     return {task: {name: [each[task][name] for each in found] for name in FAMILIES} for task in tasks}
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, word_tokenizer, subtests):
     # FSDP2 comes last: it makes accelerate take the processes for GPUs.
     twos = launch(tmp_path, "train", "evaluate", "trajectories", "shard", "shard_adapter", "ddp", "fsdp")

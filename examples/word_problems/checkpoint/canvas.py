@@ -6,7 +6,7 @@ What a pass does with which row is a plan, a few numbers a row, which the host s
 is a report of a few numbers a row, which the host reads after it. So a step can be captured once and replayed.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -91,15 +91,6 @@ def taken_apart(state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     return state[:, 0], state[:, 1], state[:, 2].view(torch.float32)[:, ::2]
 
 
-def runs_of(slots: Sequence[int]) -> Iterator[tuple[slice, slice]]:
-    """Runs of consecutive slots: which part of the sequence each is, and which slots."""
-    begin = 0
-    for end in range(1, len(slots) + 1):
-        if end == len(slots) or slots[end] != slots[end - 1] + 1:
-            yield slice(begin, end), slice(slots[begin], slots[end - 1] + 1)
-            begin = end
-
-
 def power_of_2(number: int) -> int:
     """The next one from this number on."""
     return 1 << (number - 1).bit_length()
@@ -141,8 +132,9 @@ class Canvas:
         # On the host, from where the device copies while the host goes on. Each is written once between two looks.
         is_pinned = layout.device.type == "cuda"
         self._host_numbers = torch.zeros(numbers, dtype=torch.long, pin_memory=is_pinned)
-        self._host_state = torch.zeros(self.slots, 3, shape[1], dtype=torch.long, pin_memory=is_pinned)
-        self._host_state[:, 1] = -1
+        # The state of new rows, and behind it their slots.
+        self._host_state = torch.zeros(self.slots, 3 * shape[1] + 1, dtype=torch.long, pin_memory=is_pinned)
+        self._host_state[:, shape[1] : 2 * shape[1]] = -1
         self._last: Plan | None = None  # what was sent last
         self.graphs = {}  # see captured_step.py
 
@@ -157,20 +149,22 @@ class Canvas:
 
     def load(self, slots: Sequence[int], prompts: Sequence[Sequence[int]]) -> None:
         """Begin with these prompts, token ids, in these slots, and nothing written."""
-        staged = self._host_state.numpy()
-        staged[: len(slots), 0] = self.layout.mask_token_id
-        for row, prompt in zip(staged, prompts, strict=False):
-            row[0, : len(prompt)] = prompt
-        for part, run in runs_of(slots):
-            self.state[run].copy_(self._host_state[part], non_blocking=True)
+        new = self._host_state[: len(slots)]
+        staged = new.numpy()
+        staged[:, : self.width + 1], staged[:, -1] = self.layout.mask_token_id, slots
+        for row, prompt in zip(staged, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        new = new.to(self.layout.device, non_blocking=True)  # all rows in one copy: calls are what takes the time
+        self.state.flatten(1).index_copy_(0, new[:, -1], new[:, :-1])
 
     def unload(self, slots: Sequence[int], device: torch.device) -> torch.Tensor:
         """The state of these slots, (N, 3, T + 1), on a device, where it may still be under way."""
-        is_pinned = device.type == "cpu" and self.state.is_cuda
-        state = torch.empty(len(slots), *self.state.shape[1:], dtype=torch.long, device=device, pin_memory=is_pinned)
-        for part, run in runs_of(slots):
-            state[part].copy_(self.state[run], non_blocking=True)
-        return state
+        places = torch.tensor(slots, pin_memory=self.state.is_cuda).to(self.layout.device, non_blocking=True)
+        found = self.state.index_select(0, places)
+        if device == found.device:
+            return found
+        state = torch.empty(found.shape, dtype=torch.long, device=device, pin_memory=device.type == "cpu")
+        return state.copy_(found, non_blocking=True)
 
     # --- what the host and the device tell each other ----------------------------------------------------------------
 
@@ -238,7 +232,7 @@ class Canvas:
 
     def look(self, step_rows: int, rows: int) -> Report:
         """The report on the first `rows` rows of a step: the one wait for the device in each pass."""
-        return Report(*np.array(self.report(step_rows).tolist(), dtype=np.int64)[:, :rows])
+        return Report(*self.report(step_rows).cpu().numpy()[:, :rows])
 
     # --- what a step does --------------------------------------------------------------------------------------------
 

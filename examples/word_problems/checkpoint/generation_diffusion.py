@@ -36,6 +36,7 @@ from .draws import draw_seed
 from .generation_batch import BatchGenerationMixin, process_row_by_row
 from .generation_config_diffusion import DEFAULTS, DiffusionGenerationConfig, refuse_argument, require
 from .generation_inputs import (
+    Limits,
     answer_length,
     arguments_of_peft,
     check_adapter,
@@ -238,7 +239,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         config = self.resolve_generation_config(generation_config, unmasking_filter, **kwargs)
         warn_of_ignored(config, generation_config, kwargs)
         input_ids, mask = (each.to(self.device) for each in check_inputs(self, config, inputs, **given))
-        config.max_new_tokens = answer_length(self, config, input_ids.shape[1])
+        config.max_new_tokens = answer_length(Limits.of(self), config, input_ids.shape[1])
         config.max_length = input_ids.shape[1] + config.max_new_tokens
         check_objects(logits_processor, stopping_criteria, streamer, generator)
         self._prepare_special_tokens(config, given["attention_mask"] is not None, input_ids.device, len(input_ids))

@@ -7,12 +7,13 @@ values of other positions are those of an earlier one ("Fast-dLLM", https://arxi
 is causal between blocks, those of a complete block never change, and this is exact.
 """
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import torch
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 
 @dataclass
@@ -127,3 +128,52 @@ class BlockCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are always given
+
+
+class ConversationCache:
+    """Keys and values of B texts, kept from one call of `generate(past_key_values=...)` to the next. It comes from
+    `model.conversation_cache()`.
+
+    Where attention is causal between blocks, keys and values of a complete block never change. A call takes those of
+    the blocks that its prompts have in common with the texts, and computes everything from the first difference on: a
+    chat template may have written earlier turns anew. Then it keeps those of its own texts, prompts and answers, up
+    to the last block: that one was never computed complete. `copy.deepcopy` begins a second conversation from there.
+
+    Weights and active adapters must not change in between.
+
+    Attributes:
+        ids (list of B lists of `int`): of each row, the tokens whose keys and values are kept.
+        keys, values (lists of tensors of shape `(B, heads, T, head_dim)`): of each layer, with T tokens of the longest
+            row.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = weakref.ref(model)
+        self.ids: list[list[int]] = []
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+
+    def common(self, prompts: Sequence[Sequence[int]], block_length: int) -> list[int]:
+        """How many of the first tokens of each prompt are kept, in whole blocks."""
+        found = []
+        for kept, prompt in zip(self.ids or [[]] * len(prompts), prompts, strict=True):
+            pairs = enumerate(zip(kept, prompt, strict=False))
+            length = next((i for i, (old, new) in pairs if old != new), min(len(kept), len(prompt)))
+            found.append(length // block_length * block_length)
+        return found
+
+    def load(self, cache: BlockCache) -> None:
+        """Put what is kept of row i into slot i."""
+        for kept, place in ((self.keys, 0), (self.values, 1)):
+            for i, layer in enumerate(kept):
+                whole = cache.of_layer(i, layer)[place]
+                width = min(whole.shape[2], layer.shape[2])
+                whole[: len(layer), :, :width] = layer[:, :, :width]
+
+    def keep(self, cache: BlockCache, ids: list[list[int]]) -> None:
+        """Keep those of slot i for row i, whose text begins with these ids."""
+        longest = max(map(len, ids))
+        self.ids = ids
+        self.keys, self.values = (
+            [layer[: len(ids), :, :longest].clone() for layer in layers] for layers in (cache.keys, cache.values)
+        )

@@ -28,6 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.utils import cached_file, logging
 
+from .block_cache import ConversationCache
 from .block_schedule import BlockSchedule
 from .canvas import taken_apart
 from .captured_step import prepare_captured_steps
@@ -40,6 +41,7 @@ from .generation_inputs import (
     answer_length,
     arguments_of_peft,
     check_adapter,
+    check_conversation,
     check_inputs,
     check_objects,
     find_filter,
@@ -127,6 +129,11 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         """The length of the blocks between which attention is causal, by the model's configuration; None where it goes
         both ways everywhere, as it does in a model whose configuration does not know of blocks."""
         return getattr(self.config, "block_causal_length", None)
+
+    def conversation_cache(self) -> ConversationCache:
+        """A new cache for `generate(past_key_values=...)`, which spares the next turn of a conversation computing this
+        one again. For models whose attention is causal between blocks."""
+        return ConversationCache(self)
 
     # --- settings ----------------------------------------------------------------------------------------------------
 
@@ -225,7 +232,8 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
                 global one if unset.
             unmasking_filter (`UnmaskingFilter`, *optional*): of `unmasking="learned_filter"`; it moves to the model's
                 device, in float32. By default the one that the checkpoint carries (`set_unmasking_filter`).
-            kwargs: `attention_mask` (B, P), 0 at padding, and any field of `DiffusionGenerationConfig`.
+            kwargs: `attention_mask` (B, P), 0 at padding; `past_key_values`, a `conversation_cache()`, which
+                this call uses and brings up to date; and any field of `DiffusionGenerationConfig`.
 
         Returns:
             `torch.LongTensor` of shape `(B, P + G)`, or a `DiffusionGenerationOutput` if `return_dict_in_generate`.
@@ -236,6 +244,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
             ValueError: for a wrong argument or input, before any computation.
         """
         given = {name: kwargs.pop(name, None) for name in ("input_ids", "attention_mask")}
+        conversation = kwargs.pop("past_key_values", None)
         config = self.resolve_generation_config(generation_config, unmasking_filter, **kwargs)
         warn_of_ignored(config, generation_config, kwargs)
         input_ids, mask = (each.to(self.device) for each in check_inputs(self, config, inputs, **given))
@@ -270,18 +279,22 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         else:  # the rows' blocks begin at other places, so they are not in step
             process = partial(process_row_by_row, partial(self._processors, config, logits_processor))
             is_in_step, stop = has_own_adapters, partial(ends_row_by_row, criteria)
+        if conversation is not None:
+            check_conversation(self, config, conversation, len(input_ids))
         decode, wait = self._decoder(
             config, is_in_step=is_in_step, slots=len(input_ids), width=config.max_length, processors=processors,
             process=process, stop=stop if criteria else None, strings=strings, clocks=clocks, streamer=streamer,
             synced_gpus=synced_gpus, generator=generator,
-            unmasking_filter=unmasking_filter,
+            unmasking_filter=unmasking_filter, conversation=conversation,
         )  # fmt: skip
         if streamer is not None:
             streamer.put(input_ids.cpu())
-        lengths, rows = mask.sum(dim=1).tolist(), input_ids.tolist()
+        lengths = mask.sum(dim=1).tolist()
+        rows = [row[len(row) - length :] for row, length in zip(input_ids.tolist(), lengths, strict=True)]
+        kept = [0] * len(rows) if conversation is None else conversation.common(rows, config.block_length)
         prompts = [
-            Prompt(i, row[len(row) - length :], config.max_new_tokens)
-            for i, (row, length) in enumerate(zip(rows, lengths, strict=True))
+            Prompt(i, row, config.max_new_tokens, of_row)
+            for i, (row, of_row) in enumerate(zip(rows, kept, strict=True))
         ]
         output = self._collect(decode(prompts), input_ids, config)
         wait(is_done=True)
@@ -324,7 +337,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
 
     def _decoder(
         self, config, *, is_in_step, slots, width, processors, process, stop, strings, clocks, synced_gpus, generator,
-        unmasking_filter, streamer=None, device_of_answers=None,
+        unmasking_filter, streamer=None, device_of_answers=None, conversation=None,
     ):  # fmt: skip
         """A function from prompts to an iterator of `Answers`, and the one that waits for other processes. `process`
         calls the processors unless they take all positions at once."""
@@ -362,7 +375,7 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
                 self, config, schedule, slots=slots, width=width, seed=seed, eos=tuple(eos), device=self.device,
                 steps=steps, unmasking_filter=unmasking_filter, process=process,
                 stop=merge_ends(*parts) if parts else None, clocks=clocks, streamer=streamer, wait=wait,
-                device_of_answers=device_of_answers,
+                device_of_answers=device_of_answers, conversation=conversation,
             )  # fmt: skip
             return loop.run(prompts)
 

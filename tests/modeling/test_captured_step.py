@@ -91,6 +91,19 @@ def test_a_block_causal_model(device, family):
     assert torch.equal(captured.sequences, plain.sequences) and device.captures
 
 
+def test_a_conversation(device, family):
+    """Keys and values of the turn before come into a canvas whose steps are captured already."""
+    model = family.model.from_pretrained(family.golden, block_causal_length=6).to(device.name).eval()
+    settings = {"max_new_tokens": 22, "do_sample": False, "unmasking": "entropy_threshold", "stop_at_eos": False}
+    conversation = model.conversation_cache()
+    ids = torch.tensor([prompts(1, seed=8)[0]], device=device.name)
+    for _ in range(3):
+        captured = model.generate(ids, past_key_values=conversation, **settings)
+        assert torch.equal(captured, model.generate(ids, disable_compile=True, **settings))
+        ids = torch.cat((captured, ids[:, :3]), dim=1)
+    assert device.captures and len(conversation.ids[0]) > 60
+
+
 def test_graphs_are_found_again(device, family):
     model = family.load().to(device.name)
     settings = {"max_new_tokens": 24, "block_length": 8, "unmasking": "entropy_threshold", "stop_at_eos": False}

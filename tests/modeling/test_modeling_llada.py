@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from dparallel.modeling import LLaDAConfig, LLaDAModelLM
 from tests.families import FAMILIES
@@ -32,6 +33,25 @@ def test_defaults_are_those_of_llada_8b():
         model = LLaDAModelLM(LLaDAConfig())
     assert sum(parameter.numel() for parameter in model.parameters()) == 8_015_581_184
     assert LLaDAConfig(d_model=64, n_heads=4, mlp_hidden_size=None).intermediate_size == 256
+
+
+def test_another_mask(tmp_path, prompt):
+    """iLLaDA has `[MASK]` at 5, by its configuration alone: the same weights in another order give the same text."""
+    llada = FAMILIES["llada"].load()
+    expected = llada.generate(prompt, max_new_tokens=20, return_dict_in_generate=True)
+    order = torch.arange(320)
+    order[[5, 319]] = order[[319, 5]]
+    for matrix in (llada.get_input_embeddings(), llada.get_output_embeddings()):
+        matrix.weight.data = matrix.weight.data[order].clone()
+    llada.config.mask_token_id = 5
+    llada.generation_config.mask_token_id = None
+    llada.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    output = model.generate(order[prompt], max_new_tokens=20, return_dict_in_generate=True)
+    assert torch.equal(output.sequences, order[expected.sequences]) and (output.sequences != 5).all()
+    assert torch.equal(output.unmasking_step, expected.unmasking_step)
+    with pytest.raises(ValueError, match="`mask_token_id=5`: a prompt must not contain"):
+        model.generate(torch.tensor([[4, 5, 6]]))
 
 
 @pytest.mark.parametrize(

@@ -19,28 +19,30 @@ class Rows:
     0; a row's block is `start` to `stop`, the answer's first tokens up to `decided` are final.
 
     `request` is the number of what the row answers, `prompt_length` and `length` the tokens of prompt and answer,
-    `seen` where what it attends to ends, `end` where its text ends once `is_finished`. `passes` counts its passes,
-    `block_passes` those over its block. A slot `is_taken` by a row until it is retired, and the row `is_live` until it
-    is finished. `is_complete`: nothing of its block is left to be written. `is_changed`: since the last plan, more has
-    changed than how many passes there were.
+    `seen` where what it attends to ends, `end` where its text ends once `is_finished`. With an exact cache, keys and
+    values before `kept` are final. `passes` counts its passes, `block_passes` those over its block. A slot `is_taken`
+    by a row until it is retired, and the row `is_live` until it is finished. `is_complete`: nothing of its block is
+    left to be written. `is_changed`: since the last plan, more has changed than how many passes there were.
     """
 
     def __init__(self, slots: int):
         self.request, self.prompt_length, self.length, self.start, self.stop, self.seen, self.decided, self.end = (
             np.zeros(slots, dtype=np.int64) for _ in range(8)
         )
-        self.passes, self.block_passes = np.zeros(slots, dtype=np.int64), np.zeros(slots, dtype=np.int64)
+        self.kept, self.passes, self.block_passes = (np.zeros(slots, dtype=np.int64) for _ in range(3))
         self.is_taken, self.is_live, self.is_finished, self.is_complete = (
             np.zeros(slots, dtype=bool) for _ in range(4)
         )
         self.is_changed = False
 
-    def admit(self, slots: list[int], requests: list[int], prompt_lengths: list[int], lengths: list[int]) -> None:
-        """Begin with these requests, whose answers have these lengths."""
+    def admit(
+        self, slots: list[int], requests: list[int], prompt_lengths: list[int], lengths: list[int], kept: list[int]
+    ) -> None:
+        """Begin with these requests, whose answers have these lengths, and of whose first tokens so many are kept."""
         self.request[slots], self.prompt_length[slots], self.length[slots] = requests, prompt_lengths, lengths
         self.start[slots] = self.decided[slots] = prompt_lengths
         self.seen[slots] = self.end[slots] = self.prompt_length[slots] + self.length[slots]
-        self.passes[slots], self.is_finished[slots] = 0, False
+        self.kept[slots], self.passes[slots], self.is_finished[slots] = kept, 0, False
         self.is_taken[slots] = self.is_live[slots] = self.is_changed = True
 
     def finish(self, slots: np.ndarray, end: np.ndarray) -> None:
@@ -136,10 +138,9 @@ class BlockSchedule:
         number = rows.block_passes[slots]
         is_first = number == 0
         if self.block_cache == "exact":  # keys and values of a block are final once it has been computed complete
-            begin = start // self.block_length * self.block_length
-            begin = np.where(is_first, np.maximum(begin - self.block_length, 0), np.minimum(begin, start - self.shift))
-            begin = np.where(is_first & (start == rows.prompt_length[slots]), 0, begin)
-            return begin, stop - begin
+            begin = np.minimum(start // self.block_length * self.block_length, start - self.shift)
+            first = np.where(is_first, np.minimum(rows.kept[slots], begin), begin)
+            return first, stop - first
         is_whole = is_first & ((start == rows.prompt_length[slots]) | (self.cache_refresh == "full"))
         if self.interval:
             is_whole |= number % self.interval == 0
@@ -190,6 +191,8 @@ class BlockSchedule:
         rows.passes[slots] += 1
         rows.block_passes[slots] += 1
         rows.decided[slots] = decided
+        if self.block_cache == "exact":  # what is before the block was computed with it, or before
+            rows.kept[slots] = rows.start[slots] // self.block_length * self.block_length
         is_complete, is_end = decided >= np.minimum(rows.stop[slots], seen), end > 0
         is_other = is_complete | is_end | (seen != rows.seen[slots])
         if self.block_cache != "none":  # where the next pass computes something else

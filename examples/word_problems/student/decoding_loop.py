@@ -19,6 +19,7 @@ from transformers import GenerationConfig, GenerationMixin, MaxTimeCriteria, Pre
 from transformers.generation import BaseStreamer, LogitsProcessorList
 from transformers.utils import logging
 
+from .block_cache import ConversationCache
 from .block_schedule import BlockSchedule, Rows
 from .canvas import MAX_TILE, Canvas, Layout, Plan, Shape, power_of_2
 from .captured_step import CapturedSteps
@@ -36,11 +37,13 @@ _locks: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # of models: on
 
 
 class Prompt(NamedTuple):
-    """What a row is to answer: the number of the request, its P token ids, and how many tokens the answer has."""
+    """What a row is to answer: the number of the request, its P token ids, how many tokens the answer has, and of how
+    many of the first tokens a conversation has kept keys and values."""
 
     request: int
     ids: list[int]
     length: int
+    kept: int = 0
 
 
 class Answers(NamedTuple):
@@ -190,6 +193,8 @@ class DecodingLoop:
         streamer (`BaseStreamer`, *optional*): of the one row.
         wait (callable, *optional*): called before each pass.
         device_of_answers (`torch.device`, *optional*): where answers are wanted, if not where they are.
+        conversation (`ConversationCache`, *optional*): what is kept of the prompts, and will be of the texts; there
+            must be a slot for each.
     """
 
     def __init__(
@@ -212,10 +217,11 @@ class DecodingLoop:
         streamer: BaseStreamer | None = None,
         wait: Callable | None = None,
         device_of_answers: torch.device | None = None,
+        conversation: ConversationCache | None = None,
     ):
         self.model, self.config, self.schedule, self.steps, self.seed = model, config, schedule, steps, seed
         self.process = None if process is None else partial(process, self)
-        self.criteria, self.choose = stop, choose
+        self.criteria, self.choose, self.conversation = stop, choose, conversation
         self.lock = _locks.setdefault(model, threading.RLock())
         self.clocks, self.streamer, self.wait = list(clocks), streamer, wait
         self.device_of_answers = device if device_of_answers is None else device_of_answers
@@ -270,6 +276,8 @@ class DecodingLoop:
                 self.schedule.advance(self.rows)  # 8
                 ended = self._retire()  # 9
             yield from ended
+            if self.conversation is not None:
+                self._keep()
         finally:
             if self.steps is not None and self.canvas is not None:
                 self.steps.give_back(self.canvas)
@@ -289,10 +297,12 @@ class DecodingLoop:
             taken.append(prompt)
         if taken:
             slots = free[: len(taken)]
-            requests, ids, lengths = zip(*taken, strict=True)
-            self.rows.admit(slots, requests, list(map(len, ids)), lengths)
+            requests, ids, lengths, kept = zip(*taken, strict=True)
+            self.rows.admit(slots, requests, list(map(len, ids)), lengths, kept)
             self.schedule.begin(self.rows, slots)
             self.canvas.load(slots, ids)
+            if self.conversation is not None:
+                self.conversation.load(self.canvas.cache)
         return self.rows.is_live.any()
 
     def _next(self, prompts):
@@ -331,7 +341,7 @@ class DecodingLoop:
     def _begin_again_with_fewer_slots(self, error):
         """Rows that do not fit on the device begin once more, half as many at a time."""
         slots = self.layout.slots // 2
-        if slots == 0 or self.schedule.is_in_step or self.streamer is not None:
+        if slots == 0 or self.schedule.is_in_step or self.streamer is not None or self.conversation is not None:
             raise error
         logger.warning(f"Out of memory with {self.layout.slots} rows at the same time: decoding goes on with {slots}.")
         rows = self.rows
@@ -396,6 +406,13 @@ class DecodingLoop:
         )
         rows.retire(ended)
         return [answers]
+
+    def _keep(self):
+        """For the next turn: the complete blocks of each row whose keys and values are final."""
+        rows, length = self.rows, self.config.block_length
+        kept = np.minimum(rows.kept, rows.end // length * length).tolist()
+        ids = self.canvas.ids[: len(kept)].tolist()
+        self.conversation.keep(self.canvas.cache, [row[:end] for row, end in zip(ids, kept, strict=True)])
 
 
 def bucketed(shape: Shape, slots: int, width: int, block_length: int) -> Shape:

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from .block_cache import ConversationCache
 from .generation_config_diffusion import DEFAULT_MAX_NEW_TOKENS, DiffusionGenerationConfig, require
 
 logger = logging.get_logger(__name__)
@@ -163,6 +164,28 @@ def warn_of_ignored(config: DiffusionGenerationConfig, given: Any, arguments: Ma
     for name, why in config.ignored().items():
         if name in arguments or getattr(given, name, None) is not None:
             logger.warning(f"`{name}` is ignored: {why}.")
+
+
+def check_conversation(
+    model: PreTrainedModel, config: DiffusionGenerationConfig, conversation: Any, num_rows: int
+) -> None:
+    """Refuse a `past_key_values` that cannot serve a call with so many rows."""
+    if not isinstance(conversation, ConversationCache):
+        raise ValueError(
+            f"`past_key_values` is a {type(conversation).__name__}: it must come from `model.conversation_cache()`."
+        )
+    if config.block_cache != "exact":
+        raise ValueError(
+            f"`past_key_values` is given with `block_cache={config.block_cache!r}`: it must be left out, as keys and "
+            f"values are final only where attention is causal between blocks and the cache is 'exact'."
+        )
+    if conversation.model() is not model:
+        raise ValueError("`past_key_values` comes from another model: it must be of the model that decodes.")
+    if len(conversation.ids) not in (0, num_rows):
+        raise ValueError(
+            f"`past_key_values` holds {len(conversation.ids)} rows, but there are {num_rows} prompts: it must hold as "
+            f"many, in the same order, or be new."
+        )
 
 
 def check_objects(logits_processor: Any, stopping_criteria: Any, streamer: Any, generator: Any) -> None:

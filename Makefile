@@ -38,11 +38,11 @@ $(VENV)/.torch:
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" -e .
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet "$(TRANSFORMERS)" -e .
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch pyproject.toml
-	$(BIN)/pip install --quiet "$(TRANSFORMERS)" -e ".[test]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet "$(TRANSFORMERS)" -e ".[test]"
 	touch $@ $(VENV)/.demo
 
 clean:

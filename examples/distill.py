@@ -29,7 +29,7 @@ from generate_trajectories import (
     parse_arguments,
     teacher_trajectories,
 )
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, IntervalStrategy
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from trl import ModelConfig, get_peft_config
 
@@ -106,6 +106,8 @@ def main():
     with plain_errors(ValueError, OSError):
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
         check_eval_size(arguments, rows)
+    if not arguments.eval_size:  # nothing to evaluate with, whatever a recipe says
+        config.eval_strategy, config.load_best_model_at_end = IntervalStrategy.NO, False
     if not has_answers(rows):
         arguments.trajectories_dir = arguments.trajectories_dir or str(Path(config.output_dir) / "trajectories")
         rows = teacher_trajectories(

@@ -105,8 +105,8 @@ def load_rows(arguments):
 
 
 def load_judge(name):
-    """`file.py:function` to the function."""
-    if name is None:
+    """`file.py:function` to the function; None or nothing to None."""
+    if not name:
         return None
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():

@@ -131,6 +131,20 @@ def _named_where_of_others(entry, names):
     return {**entry, "model": measured}
 
 
+def _warn_of_other_decoding(entry, generation):
+    """Numbers "as saved with the model" are of the settings that it was saved with when it was measured."""
+    resolved = entry.get("resolved_decoding") or {}
+    names = [name for name in ("unmasking", "threshold", "steps") if generation.get(name) is not None]
+    changed = [name for name in names if name in resolved and resolved[name] != generation[name]]
+    if entry.get("model") or entry.get("decoding") or not changed:
+        return
+    then, now = ({name: values[name] for name in changed} for values in (resolved, generation))
+    logger.warning(
+        f"`results` holds numbers of {entry['task']} with {then}, as the model was saved when it was measured; now it "
+        f"is saved with {now}. Measure it again."
+    )
+
+
 def _stage(model, folder, tokenizer, merge, base_model, results, training, repo_id):
     """Write everything but the card."""
     given = model
@@ -168,6 +182,10 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training, repo_
     if paths:
         load = [json.loads(Path(path).read_text(encoding="utf-8")) for path in paths if load_measurements(path)]
         entries = [_named_where_of_others(entry, names) for each in load for entry in each["measurements"]]
+        generation = folder / "generation_config.json"  # an adapter has none
+        saved = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
+        for entry in entries:
+            _warn_of_other_decoding(entry, saved)
         merged = {"measurements": entries}
         (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     if training is not None:

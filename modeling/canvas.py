@@ -135,6 +135,7 @@ class Canvas:
         # The state of new rows, and behind it their slots.
         self._host_state = torch.zeros(self.slots, 3 * shape[1] + 1, dtype=torch.long, pin_memory=is_pinned)
         self._host_state[:, shape[1] : 2 * shape[1]] = -1
+        self._host_slots = torch.zeros(self.slots, dtype=torch.long, pin_memory=is_pinned)
         self._last: Plan | None = None  # what was sent last
         self.graphs = {}  # see captured_step.py
 
@@ -159,7 +160,8 @@ class Canvas:
 
     def unload(self, slots: Sequence[int], device: torch.device) -> torch.Tensor:
         """The state of these slots, (N, 3, T + 1), on a device, where it may still be under way."""
-        places = torch.tensor(slots, pin_memory=self.state.is_cuda).to(self.layout.device, non_blocking=True)
+        self._host_slots.numpy()[: len(slots)] = slots
+        places = self._host_slots[: len(slots)].to(self.layout.device, non_blocking=True)
         found = self.state.index_select(0, places)
         if device == found.device:
             return found

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """Answering many prompts: a batch that is kept full, as in transformers' continuous batching."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NoReturn
 
@@ -80,7 +80,8 @@ class BatchGenerationMixin(GenerationMixin):
             ("persistent_manager", persistent_manager),
         ):
             require(not value, name, value, "left out: it is for autoregressive decoding")
-        require(isinstance(inputs, (list, tuple)), "inputs", inputs, "a list of lists of token ids")
+        if not isinstance(inputs, (list, tuple)):
+            raise _not_prompts(inputs, "a list of lists of token ids")
         if not inputs:
             return {}
         found = {}
@@ -134,8 +135,8 @@ class BatchGenerationMixin(GenerationMixin):
         warn_of_ignored(config, generation_config, kwargs)
         ok = isinstance(max_batch_size, int) and not isinstance(max_batch_size, bool) and max_batch_size >= 1
         require(ok, "max_batch_size", max_batch_size, "an integer of at least 1")
-        ok = isinstance(inputs, Iterable) and not isinstance(inputs, (str, bytes, dict, torch.Tensor))
-        require(ok, "inputs", inputs, "an iterable of lists of token ids")
+        if not isinstance(inputs, Iterable) or isinstance(inputs, (str, bytes, Mapping, torch.Tensor)):
+            raise _not_prompts(inputs, "an iterable of lists of token ids")
         check_objects(logits_processor, stopping_criteria, None, generator)
         check_adapter(self, arguments_of_peft(self))
         self._prepare_special_tokens(config, True, self.device, 1)
@@ -222,6 +223,13 @@ def process_row_by_row(make_processors: Callable, loop: Any, plan: Any, logits: 
         processors = make_processors(prompt_length, prompt_length + length)
         rows.append(process_columns(processors, row[None], loop.canvas.ids[slot : slot + 1], start))
     return torch.cat(rows)
+
+
+def _not_prompts(inputs, wanted):
+    return ValueError(
+        f"`inputs` is a {type(inputs).__name__}: it must be {wanted}, without padding, such as the 'input_ids' that a "
+        f"tokenizer gives for a list of texts if it is not asked for tensors."
+    )
 
 
 def _make_prompt(limits, config, max_length, prompt, index):

@@ -19,7 +19,7 @@ class Family:
         shape: of a model that is made on the spot, in the family's own keys.
         embedding, blocks, norm, head: module paths in the model.
         projections: of a block, in the order q, k, v, o, gate, up, down.
-        published: those that dParallel's code adapts.
+        published: those that dParallel's code adapts, if it knows the family.
         frequent: two tokens that the golden model answers the tests' prompts with often.
         loading: what the golden model is loaded with.
     """
@@ -101,6 +101,7 @@ FAMILIES = {
 QWEN = FAMILIES["dream"]
 SDAR = replace(
     QWEN, name="sdar", config=SDARConfig, model=SDARForCausalLM, frequent=(138, 236), loading={"block_size": None},
+    published=(),
     shape=QWEN.shape | {"head_dim": 16, "block_size": None},
 )  # fmt: skip
 ALL_FAMILIES = FAMILIES | {"sdar": SDAR}

@@ -90,7 +90,7 @@ def _compare_settings(folder, settings):
     if changed := differences(json.loads(path.read_text(encoding="utf-8")), settings):
         raise ValueError(
             f"{folder} holds the shards of a job with other settings: {changed}. Choose another `output_dir`, or "
-            f"delete this folder."
+            f"delete {folder}."
         )
 
 

@@ -25,6 +25,7 @@ from .command_line import (
     add_task_argument,
     data_arguments,
     find_task,
+    in_words,
     load_model,
     origin_from,
 )
@@ -168,8 +169,9 @@ def main() -> None:
         value = f"{chosen.decoding[name]:g}"
         print(
             f"{arguments.unmasking}, {name} {value} is in {arguments.model}/generation_config.json. Next, to measure "
-            f"on other problems: python -m dparallel.evaluation.sweep --task {arguments.task} --model "
-            f"{arguments.model} --unmasking {arguments.unmasking}={value}"
+            f"it, on other problems if this was another split: python -m dparallel.evaluation.sweep "
+            f"--task {arguments.task} --model {arguments.model}{in_words(arguments, 'data')} --unmasking "
+            f"{arguments.unmasking}={value}"
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import shlex
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +91,8 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--shard_size",
         type=int,
-        help="number of questions that are saved together (default: 32, or the batch size if that is more)",
+        help="number of questions that are saved together; only among those do ended rows make room for others "
+        "(default: 8 times the batch size)",
     )
 
 
@@ -98,14 +100,19 @@ def _given(arguments, *names) -> dict:
     return {name: value for name in names if (value := getattr(arguments, name)) is not None}
 
 
+def in_words(arguments: argparse.Namespace, *names: str) -> str:
+    """The flags of these names that were given, to stand in a command that comes next."""
+    return "".join(f" --{name} {shlex.quote(str(value))}" for name, value in _given(arguments, *names).items())
+
+
 def data_arguments(arguments: argparse.Namespace, task: Task) -> dict:
     """Those of `evaluate_task`; after a look, which takes less time than loading a model, whether the task can be
     done with them."""
     batch_size, shard_size = arguments.batch_size, arguments.shard_size
-    if shard_size is None:
-        shard_size = max(32, batch_size or 0)
     if batch_size is None:
-        batch_size = min(16, shard_size)
+        batch_size = min(16, shard_size or 16)
+    if shard_size is None:
+        shard_size = max(8 * batch_size, 1)
     if not 1 <= batch_size <= shard_size:
         allowed = f"a batch is of one shard, so it must be from 1 to --shard_size, {shard_size}"
         raise ValueError(f"`batch_size={batch_size}` is not allowed: {allowed}.")

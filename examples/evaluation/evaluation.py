@@ -41,7 +41,7 @@ def evaluate_task(
     limit: int | None = None,
     num_fewshot: int | None = None,
     batch_size: int = 16,
-    shard_size: int = 32,
+    shard_size: int = 128,
     origin: dict[str, str] | None = None,
     warm_up: bool = False,
     **decoding: Any,
@@ -65,7 +65,7 @@ def evaluate_task(
         split, data, limit, num_fewshot: see `Task.questions`.
         batch_size (`int`): questions in a batch, of one shard, so `shard_size` at most. It may change between runs;
             answers do not depend on it, but for rounding.
-        shard_size (`int`): questions that are saved together.
+        shard_size (`int`): questions that are saved together; only among those do ended rows make room for others.
         origin (`dict`, *optional*): what the results say of where the model is from: `checkpoint`, `revision`,
             `adapter` and `adapter_revision`, see `Measurement`. By default what the model itself knows.
         warm_up (`bool`): decode a batch before the clock of `seconds.json` starts, and forget its answers: on a GPU,

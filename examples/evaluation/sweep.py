@@ -29,6 +29,7 @@ from .command_line import (
     add_task_argument,
     data_arguments,
     find_task,
+    in_words,
     load_model,
     origin_from,
 )
@@ -200,6 +201,7 @@ def main() -> None:
         print(
             f"In {folder}: results.json, sweep.md and sweep.png. Next, to save the fastest threshold that is accurate "
             f"enough: python -m dparallel.evaluation.calibrate --task {arguments.task} --model {arguments.model}"
+            f"{in_words(arguments, 'data')}"
         )
 
 

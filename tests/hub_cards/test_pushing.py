@@ -415,6 +415,15 @@ def test_numbers_of_another_model_are_under_its_name(folder, tmp_path, measured,
     assert ("model-index" in card) != is_other and (f"numbers of '{measured}'" in caplog.text) == is_other
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_numbers_of_a_threshold_that_has_changed_since(folder, tmp_path, threshold, caplog):
+    """As saved with the model: but then calibration saved another one."""
+    changes = {"decoding": {}, "resolved_decoding": {"unmasking": "entropy_threshold", "threshold": threshold}}
+    (tmp_path / "results.json").write_text(json.dumps({"measurements": [MEASUREMENT | changes]}))
+    push(folder, results=[tmp_path / "results.json"], dry_run=tmp_path / "dry")
+    assert ("with {'threshold': 0.5}" in caplog.text and "Measure it again" in caplog.text) == (threshold == 0.5)
+
+
 @pytest.mark.slow
 def test_the_example(hub, word_model):
     result = call("push_to_hub.py", CHECKPOINT, "user/example")

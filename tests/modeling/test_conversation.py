@@ -125,8 +125,7 @@ def test_as_many_rows_as_before():
     answer(model, [[5, 6], [7]], past_key_values=conversation)
     with pytest.raises(ValueError, match="holds 2 rows, but there are 3 prompts"):
         answer(model, [[5], [6], [7]], past_key_values=conversation)
-    both_ways = FAMILIES["llada"].load()
-    with pytest.raises(ValueError, match="given with `block_cache='none'`"):
-        answer(both_ways, [[5]], past_key_values=both_ways.conversation_cache())
+    with pytest.raises(ValueError, match="`LLaDAModelLM` attends to the whole canvas"):
+        FAMILIES["llada"].load().conversation_cache()
     with pytest.raises(ValueError, match="`past_key_values` is not an argument"):
         model.generate_batch([[5]], past_key_values=conversation)

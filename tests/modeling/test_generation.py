@@ -707,6 +707,7 @@ def test_ignored_numbers_are_mentioned(model, prompt, caplog, monkeypatch):
         ({"unmasking": "confidence", "threshold": 0}, "threshold"),
         ({"cache_refresh_interval": 2}, "cache_refresh_interval"),
         ({"cache_refresh": "previous_block"}, "cache_refresh"),
+        ({"use_cache": True}, "use_cache"),
         ({"unmasking": "confidence_threshold", "schedule": "linear_time"}, "schedule"),
     ):
         caplog.clear()

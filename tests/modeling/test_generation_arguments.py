@@ -21,7 +21,13 @@ from transformers.generation import (
     TopKLogitsWarper,
 )
 
-from dparallel.modeling.generation_config_diffusion import HONOURED_FIELDS, NEUTRAL_FIELDS, OTHER_NAMES
+from dparallel.modeling import POLICIES
+from dparallel.modeling.generation_config_diffusion import (
+    HONOURED_FIELDS,
+    NEUTRAL_FIELDS,
+    OTHER_NAMES,
+    OTHER_POLICIES,
+)
 
 # --- arguments -------------------------------------------------------------------------------------------------------
 
@@ -36,6 +42,13 @@ def test_other_projects_names_are_answered_with_ours(model, prompt, name):
     accepted |= {"block_length", "block_cache", "stop_at_eos", "suppress_tokens", "return_dict_in_generate"}
     accepted |= {"streamer", "logits_processor"}
     assert OTHER_NAMES[name] is None or any(word in OTHER_NAMES[name] for word in accepted)
+
+
+@pytest.mark.parametrize("name", OTHER_POLICIES)
+def test_other_projects_policies_are_answered_with_ours(model, prompt, name):
+    assert name not in POLICIES and OTHER_POLICIES[name] in POLICIES
+    with pytest.raises(ValueError, match=f"`unmasking='{name}'` .* must be '{OTHER_POLICIES[name]}', as that policy"):
+        model.generate(prompt, max_new_tokens=4, unmasking=name)
 
 
 SET = {

@@ -279,11 +279,11 @@ def test_settings_left_open_are_the_familys(tmp_path, word_tokenizer, family, sm
         return (args.masking, args.certainty_weight, args.max_length, args.response_length), lengths
 
     found, lengths = trained_with()
-    is_llada = family.name == "llada"
-    assert found == (("block", 2.0, 384, None) if is_llada else ("response", 1.0, None, 256))
-    assert all(total == 384 if is_llada else total - prompt == 256 for total, prompt in lengths)
+    is_dream = family.name == "dream"  # nothing was published for SDAR, which takes the defaults: LLaDA's
+    assert found == (("response", 1.0, None, 256) if is_dream else ("block", 2.0, 384, None))
+    assert all(total - prompt == 256 if is_dream else total == 384 for total, prompt in lengths)
     found, lengths = trained_with(masking="block", certainty_weight=0.0, response_length=40)
-    assert found == ("block", 0.0, 384 if is_llada else None, 40)
+    assert found == ("block", 0.0, None if is_dream else 384, 40)
     assert all(total - prompt == 40 for total, prompt in lengths)
     found, lengths = trained_with(max_length=50)
     assert found[2:] == (50, None) and {total for total, _ in lengths} == {50}

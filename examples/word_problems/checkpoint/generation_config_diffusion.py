@@ -36,6 +36,11 @@ HONOURED_FIELDS = (
 )  # fmt: skip
 # Taken without effect: files have them, and callers that know nothing of diffusion pass them.
 NEUTRAL_FIELDS = ("use_cache", "transformers_version", "_from_model_config")
+# Policies by the names of other projects (LLaDA, Dream, SDAR), and by ours.
+OTHER_POLICIES = {
+    "low_confidence": "confidence", "maskgit_plus": "confidence", "topk_margin": "margin", "origin": "random",
+    "low_confidence_static": "confidence", "low_confidence_dynamic": "confidence_threshold", "sequential": "leftmost",
+}  # fmt: skip
 # Arguments of other projects' decoding loops (LLaDA, Fast-dLLM, Dream, SDAR), and what to say here.
 OTHER_NAMES = {
     "gen_length": "`max_new_tokens`",
@@ -234,6 +239,9 @@ class DiffusionGenerationConfig(GenerationConfig):
         choices: dict[str, Any] = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
         flags = ("stop_at_eos", "do_sample", "return_dict_in_generate", "disable_compile")
         choices |= {"cache_refresh": CACHE_REFRESHES} | dict.fromkeys(flags, (True, False))
+        if isinstance(self.unmasking, str) and self.unmasking in OTHER_POLICIES:
+            allowed = f"{OTHER_POLICIES[self.unmasking]!r}, as that policy is called here"
+            require(False, "unmasking", self.unmasking, allowed)
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")

@@ -132,7 +132,16 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
 
     def conversation_cache(self) -> ConversationCache:
         """A new cache for `generate(past_key_values=...)`, which spares the next turn of a conversation computing this
-        one again. For models whose attention is causal between blocks."""
+        one again.
+
+        Raises:
+            ValueError: for a model whose attention is not causal between blocks: its keys and values are never final.
+        """
+        if self.block_causal_length is None:
+            raise ValueError(
+                f"`{type(self).__name__}` attends to the whole canvas, so nothing of a turn can be kept for the next: "
+                f"its configuration must have a `block_causal_length`, as SDAR's models do."
+            )
         return ConversationCache(self)
 
     # --- settings ----------------------------------------------------------------------------------------------------

@@ -164,6 +164,8 @@ def warn_of_ignored(config: DiffusionGenerationConfig, given: Any, arguments: Ma
     for name, why in config.ignored().items():
         if name in arguments or getattr(given, name, None) is not None:
             logger.warning(f"`{name}` is ignored: {why}.")
+    if arguments.get("use_cache"):  # files have it, and mean autoregressive decoding
+        logger.warning("`use_cache` is ignored: `block_cache` says what is kept from pass to pass.")
 
 
 def check_conversation(

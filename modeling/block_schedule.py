@@ -51,7 +51,7 @@ class Rows:
 
     def retire(self, slots: np.ndarray) -> None:
         """Leave these slots to others."""
-        self.is_taken[slots] = self.is_finished[slots] = self.is_complete[slots] = False
+        self.is_taken[slots] = self.is_live[slots] = self.is_finished[slots] = self.is_complete[slots] = False
 
 
 class BlockSchedule:

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from transformers import BatchEncoding
+from transformers import BatchEncoding, MaxTimeCriteria
 from transformers.generation import LogitsProcessor
 from transformers.generation.continuous_batching.requests import RequestStatus
 
@@ -287,6 +287,21 @@ def test_time_is_up(model):
     assert len(outputs) == 3 and len(begun) == 2 and all(output.num_forward_passes == 1 for output in begun)
     (left,) = [output for output in outputs.values() if output.error is not None]
     assert left.status == RequestStatus.FAILED and "`max_time`" in left.error
+
+
+@pytest.mark.parametrize("calls", range(1, 12))
+def test_time_that_is_over_just_as_prompts_come(model, monkeypatch, calls):
+    """Whenever the clock strikes: what has had a pass has an answer, and what has not is said not to have begun."""
+    clock = itertools.count(1)
+    monkeypatch.setattr(
+        MaxTimeCriteria, "__call__", lambda self, ids, scores: torch.tensor([next(clock) >= calls] * len(ids))
+    )
+    settings = {"max_new_tokens": 12, "block_length": 6, "unmasking": "confidence_threshold", "threshold": 0.4}
+    outputs = model.generate_batch(prompts(10, seed=4), max_batch_size=3, max_time=5.0, **settings)
+    begun = [output for output in outputs.values() if output.error is None]
+    assert len(outputs) == 10 and 3 <= len(begun) < 10
+    assert all(output.num_forward_passes > 0 for output in begun)
+    assert all("`max_time` was over" in output.error for output in outputs.values() if output not in begun)
 
 
 # --- memory, threads, processes --------------------------------------------------------------------------------------

@@ -247,34 +247,38 @@ class DecodingLoop:
     def run(self, prompts: Iterable[Prompt]) -> Iterator[Answers]:
         """Decode, and yield answers as rows end.
 
-        1. Admit: free slots take the next prompts.
-        2. Plan: which rows the next pass takes, and what it computes of each.
-        3. Step: a forward pass, a token and a certainty for each masked position of the blocks, and the unmasking
+        1. Plan: which rows the next pass takes, and what it computes of each.
+        2. Step: a forward pass, a token and a certainty for each masked position of the blocks, and the unmasking
            policy's choice which of them become final.
+        3. Exchange, while the device makes the pass: rows that ended before it leave their slots, and the next prompts
+           take them, to join in the pass after. Answers are yielded here, too, so that what is done with them takes no
+           time of the device.
         4. Look: the host learns what is decided, and what has ended.
         5. Settle: the rows' state follows.
         6. Stop: criteria and time end rows.
         7. Stream: decided text goes to the streamer.
         8. Advance: rows whose block is complete begin the next one.
-        9. Retire: rows that have ended leave their slots. They are yielded during the next pass, so that what is done
-           with them takes no time of the device.
         """
-        prompts, ended = iter(prompts), []
+        prompts = iter(prompts)
         try:
-            while self._admit(prompts):  # 1
-                plan, shape = self.schedule.plan(self.rows)  # 2
+            ended = self._exchange(prompts)
+            while self.rows.is_live.any():
+                plan, shape = self.schedule.plan(self.rows)  # 1
                 try:
-                    step_rows = self._step(plan, shape)  # 3
+                    step_rows = self._step(plan, shape)  # 2
                 except torch.OutOfMemoryError as error:
                     self._begin_again_with_fewer_slots(error)
+                    ended += self._exchange(prompts)
                     continue
                 yield from ended
+                ended = self._exchange(prompts)  # 3
                 report = self.canvas.look(step_rows, shape.rows)  # 4
                 self.schedule.settle(self.rows, plan, report)  # 5
                 self._stop()  # 6
                 self._stream()  # 7
                 self.schedule.advance(self.rows)  # 8
-                ended = self._retire()  # 9
+                if not self.rows.is_live.any():  # there is no other pass to do this in
+                    ended += self._exchange(prompts)
             yield from ended
             if self.conversation is not None:
                 self._keep()
@@ -289,8 +293,9 @@ class DecodingLoop:
             self.canvas.threshold.fill_(self.config.threshold)
         self.rows = Rows(self.layout.slots)
 
-    def _admit(self, prompts):
-        """Fill free slots. Returns whether there is anything to decode."""
+    def _exchange(self, prompts):
+        """Retire rows that have ended, and admit prompts where there is room. Returns a list of `Answers`."""
+        ended = self._retire()
         free = [] if self.is_late or self.rows.is_taken.all() else np.flatnonzero(~self.rows.is_taken).tolist()
         taken: list[Prompt] = []
         while len(taken) < len(free) and (prompt := self._next(prompts)) is not None:
@@ -303,7 +308,7 @@ class DecodingLoop:
             self.canvas.load(slots, ids)
             if self.conversation is not None:
                 self.conversation.load(self.canvas.cache)
-        return self.rows.is_live.any()
+        return ended
 
     def _next(self, prompts):
         return self.waiting.popleft() if self.waiting else next(prompts, None)
@@ -362,6 +367,7 @@ class DecodingLoop:
         rows = self.rows
         self.is_late = any(clock(torch.empty(1, 0), None).any() for clock in self.clocks)
         if self.is_late:
+            rows.retire(np.flatnonzero(rows.is_live & (rows.passes == 0)))  # they have just come, and have not begun
             live = np.flatnonzero(rows.is_live)
             rows.finish(live, rows.decided[live])
         if self.criteria is None or not rows.is_changed:

@@ -46,10 +46,10 @@ class BatchGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, DiffusionRequestOutput]:
         """Answer a list of prompts of any lengths, `max_batch_size` at a time. The batch is kept full: when a row
-        ends, the next prompt takes its place in the pass after. Long prompts begin first. This is transformers' call
-        for continuous batching; of its arguments `continuous_batching_config`, `record_timestamps` and
-        `persistent_manager` have no meaning here and are refused, and `warmup` is ignored, as there is nothing to
-        warm.
+        ends, the next prompt takes its place while the next pass is made, and joins in the one after. Long prompts
+        begin first. This is transformers' call for continuous batching; of its arguments `continuous_batching_config`,
+        `record_timestamps` and `persistent_manager` have no meaning here and are refused, and `warmup` is ignored, as
+        there is nothing to warm.
 
         Answers and NFE are those of `generate()`, whatever else is in the batch, up to the rounding of floating-point
         sums. What is drawn depends on the seed, the prompt's index, the pass and the position alone.

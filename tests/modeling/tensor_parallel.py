@@ -9,7 +9,7 @@ from torch import distributed
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from tests.families import FAMILIES
+from tests.families import ALL_FAMILIES
 
 
 def compare(family, folder, tie_word_embeddings):
@@ -34,7 +34,7 @@ if __name__ == "__main__":
     target = Path(sys.argv[1])
     found = {
         f"{name}, {'tied' if tied else 'untied'}": compare(family, target / f"{name}-{tied}", tied)
-        for name, family in FAMILIES.items()
+        for name, family in ALL_FAMILIES.items()
         for tied in (False, True)
     }
     (target / f"process-{distributed.get_rank()}.json").write_text(json.dumps(found))

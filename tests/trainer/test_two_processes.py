@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from tests.families import FAMILIES
+from tests.families import ALL_FAMILIES
 from tests.scripts import run
 from tests.trainer import two_processes
 
@@ -24,7 +24,7 @@ def launch(folder, *tasks):
     result = run(*launcher, "-m", "tests.trainer.two_processes", folder, *tasks, cwd=ROOT)
     assert result.returncode == 0, result.stderr[-3000:]
     found = [json.loads((folder / f"process-{i}.json").read_text()) for i in range(2)]
-    return {task: {name: [each[task][name] for each in found] for name in FAMILIES} for task in tasks}
+    return {task: {name: [each[task][name] for each in found] for name in ALL_FAMILIES} for task in tasks}
 
 
 @pytest.mark.slow
@@ -81,7 +81,7 @@ def a_sharded_model_gives_the_same_loss_gradients_and_tokens(twos, one, folder):
 def a_checkpoint_goes_on_under_another_layout(twos, one, folder):
     """Saved under FSDP2, resumed under DDP and by one process, and the other way round: weights, moments, rate."""
     both, single = launch(folder, "ddp")["ddp"], one("ddp")
-    for name, family in FAMILIES.items():
+    for name, family in ALL_FAMILIES.items():
         check_layouts(family, folder / name, twos["ddp"][name][0], twos["fsdp"][name][0], both[name][0], single[name])
 
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoTokenizer
 
 from dparallel.trainer import CertaintyForcingTrainer, generate_trajectories
-from tests.families import FAMILIES
+from tests.families import ALL_FAMILIES
 from tests.golden import CHECKPOINT
 from tests.trainer.test_certainty_forcing_trainer import settings
 from tests.trainer.test_masked_diffusion_trainer import rows
@@ -188,7 +188,7 @@ TASKS = {
 
 def run_task(task, folder, tokenizer):
     """What a task finds, by family."""
-    return {name: TASKS[task](family, str(Path(folder) / name), tokenizer) for name, family in FAMILIES.items()}
+    return {name: TASKS[task](family, str(Path(folder) / name), tokenizer) for name, family in ALL_FAMILIES.items()}
 
 
 if __name__ == "__main__":

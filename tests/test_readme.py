@@ -65,7 +65,7 @@ SMALL = {
     "quickstart.py": ["--problems", "1"],
     "visualize.py": [],
     "generate_trajectories.py": ["--dtype", "float32"],
-    "distill.py": [*TRAINING, "--dtype", "float32", "--save_strategy", "no", "--eval_size", "0"],
+    "distill.py": [*TRAINING, "--dtype", "float32", "--eval_size", "0"],
     "gsm8k/evaluate_gsm8k.py": FEW,
     "word_problems/evaluate_word_problems.py": FEW,
     "push_to_hub.py": [],

@@ -15,7 +15,7 @@ from .modeling_llada import LLaDAModel, LLaDAModelLM
 from .modeling_sdar import SDARForCausalLM, SDARModel
 from .token_statistics import TokenStatistics, token_statistics
 from .tokenization_dream import DreamTokenizer
-from .unmasking import POLICIES, SCHEDULES
+from .unmasking import POLICIES, SCHEDULES, Policy
 from .unmasking_filter import UnmaskingFilter, UnmaskingFilterConfig
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "LLaDAConfig",
     "LLaDAModel",
     "LLaDAModelLM",
+    "Policy",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARModel",

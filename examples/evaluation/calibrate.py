@@ -72,6 +72,11 @@ def calibrate(
         slow = {"confidence": [steps]}
         points = sweep(task, model, tokenizer, Path(output_dir) / "slow", slow, caches=["none"], **arguments)
         bar = points[0].accuracy
+        if not bar:
+            raise ValueError(
+                f"No answer of {points[0].num_examples} is right at one token a pass, so accuracy cannot choose a "
+                f"threshold: the task may not be what the model was trained for."
+            )
     fast = sweep(task, model, tokenizer, output_dir, candidates, **arguments)
     chosen = fastest(fast, bar - margin - 1e-9)  # rounding must not decide
     return chosen, [*points, *fast]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from dparallel.modeling import POLICIES, TokenStatistics, token_statistics
+from dparallel.modeling import POLICIES, Policy, TokenStatistics, token_statistics
 from dparallel.modeling.unmasking import even_schedule, linear_time_schedule
 from tests.golden import FIXTURES, load_cases
 
@@ -155,3 +155,17 @@ def test_linear_time_schedule(masks, steps):
         left -= counts[-1]
     assert linear_time_schedule(masks, steps) == [count for count in counts if count]
     assert sum(linear_time_schedule(masks, steps)) == masks
+
+
+def idle(statistics, masked, *, threshold):
+    return torch.zeros_like(masked)
+
+
+def test_a_policy_that_writes_nothing_is_an_error(model, prompt, monkeypatch):
+    monkeypatch.setitem(POLICIES, "idle", Policy(idle, default=0.5))
+    for cache in ("none", "dual"):
+        with pytest.raises(ValueError, match="`unmasking='idle'` wrote nothing in some passes"):
+            model.generate(prompt, max_new_tokens=12, block_length=4, unmasking="idle", block_cache=cache)
+    monkeypatch.setitem(POLICIES, "idle", idle)
+    with pytest.raises(ValueError, match=r"`POLICIES\['idle'\]` is a function: it must be a `Policy`"):
+        model.generate(prompt, unmasking="idle")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from transformers import GenerationConfig, PreTrainedConfig
 
-from .unmasking import POLICIES, SCHEDULES
+from .unmasking import POLICIES, SCHEDULES, Policy
 
 DEFAULTS: dict[str, Any] = {
     "block_length": 32,
@@ -242,6 +242,11 @@ class DiffusionGenerationConfig(GenerationConfig):
         if isinstance(self.unmasking, str) and self.unmasking in OTHER_POLICIES:
             allowed = f"{OTHER_POLICIES[self.unmasking]!r}, as that policy is called here"
             require(False, "unmasking", self.unmasking, allowed)
+        if self.unmasking in POLICIES and not isinstance(POLICIES[self.unmasking], Policy):
+            raise ValueError(
+                f"`POLICIES[{self.unmasking!r}]` is a {type(POLICIES[self.unmasking]).__name__}: it must be a "
+                f"`Policy`, with the function and, if that takes a `threshold`, a default for it."
+            )
         for name, allowed in choices.items():
             value = getattr(self, name)
             require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")

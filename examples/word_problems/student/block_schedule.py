@@ -94,7 +94,7 @@ class BlockSchedule:
         self.block_length, self.block_cache, self.cache_refresh = block_length, block_cache, cache_refresh
         self.interval, self.shift, self.is_in_step = cache_refresh_interval, logits_shift, is_in_step
         self.grid, self.steps, self.steps_per_block = block_causal_length, steps, steps_per_block
-        policy = POLICIES[unmasking]
+        policy, self.unmasking = POLICIES[unmasking], unmasking
         self.has_quota = policy.is_scheduled or (policy.takes_count and steps_per_block is not None)
         self.schedule, self.eps, self.seed = SCHEDULES[schedule], eps, seed
         self.is_drawn = schedule == "ancestral"
@@ -190,6 +190,11 @@ class BlockSchedule:
             slots, decided, end, seen = (each[is_open] for each in (slots, *report))
         rows.passes[slots] += 1
         rows.block_passes[slots] += 1
+        if (rows.block_passes[slots] > self.block_length).any():
+            raise ValueError(
+                f"`unmasking={self.unmasking!r}` wrote nothing in some passes, so decoding might never end: a policy "
+                f"must accept at least one masked position of each row, such as `best(statistics.confidence, masked)`."
+            )
         rows.decided[slots] = decided
         if self.block_cache == "exact":  # what is before the block was computed with it, or before
             rows.kept[slots] = rows.start[slots] // self.block_length * self.block_length

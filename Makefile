@@ -37,6 +37,7 @@ $(VENV)/.torch:
 	$(BIN)/pip install --quiet "$(TORCH)"
 	touch $@
 
+# Without PYTHONWARNINGS, setuptools warns of an editable installation in a box of asterisks.
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet "$(TRANSFORMERS)" -e .
 	touch $@

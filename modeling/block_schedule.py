@@ -189,8 +189,8 @@ class BlockSchedule:
             is_open = plan.stop > plan.start
             slots, decided, end, seen = (each[is_open] for each in (slots, *report))
         rows.passes[slots] += 1
-        rows.block_passes[slots] += 1
-        if (rows.block_passes[slots] > self.block_length).any():
+        rows.block_passes[slots] = number = rows.block_passes[slots] + 1
+        if (number > self.block_length).any():
             raise ValueError(
                 f"`unmasking={self.unmasking!r}` wrote nothing in some passes, so decoding might never end: a policy "
                 f"must accept at least one masked position of each row, such as `best(statistics.confidence, masked)`."
@@ -201,7 +201,7 @@ class BlockSchedule:
         is_complete, is_end = decided >= np.minimum(rows.stop[slots], seen), end > 0
         is_other = is_complete | is_end | (seen != rows.seen[slots])
         if self.block_cache != "none":  # where the next pass computes something else
-            is_other |= (rows.block_passes[slots] == 1) | (self.interval is not None)
+            is_other |= (number == 1) | (self.interval is not None)
         if self.is_in_step or is_other.any():
             rows.seen[slots], rows.is_complete[slots], rows.is_changed = seen, is_complete, True
             rows.decided[slots[is_end]] = end[is_end]

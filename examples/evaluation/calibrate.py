@@ -174,7 +174,7 @@ def main() -> None:
         value = f"{chosen.decoding[name]:g}"
         print(
             f"{arguments.unmasking}, {name} {value} is in {arguments.model}/generation_config.json. Next, to measure "
-            f"it, on other problems if this was another split: python -m dparallel.evaluation.sweep "
+            f"it on the split that published results are of: python -m dparallel.evaluation.sweep "
             f"--task {arguments.task} --model {arguments.model}{in_words(arguments, 'data')} --unmasking "
             f"{arguments.unmasking}={value}"
         )

@@ -7,18 +7,13 @@ import torch
 from transformers import DynamicCache
 
 from tests.families import FAMILIES
-from tests.modeling.test_block_causal import CLASSES, NAMES, load
+from tests.modeling.test_block_causal import CLASSES, load
 from tests.modeling.test_captured_step import prompts
 from tests.modeling.test_generate_batch import padded
 from tests.modeling.test_generation import EOS
 
 SETTINGS = {"max_new_tokens": 20, "pad_token_id": EOS, "do_sample": False, "return_dict_in_generate": True}
 SETTINGS |= {"unmasking": "confidence_threshold", "threshold": 0.3, "stop_at_eos": False}
-
-
-@pytest.fixture(scope="module", params=CLASSES)
-def block_model(request):
-    return load(request.param)
 
 
 class Counter:
@@ -50,11 +45,12 @@ def assert_same(output, expected):
         assert torch.equal(output[name], expected[name]), name
 
 
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("length", [1, 6])
-def test_three_turns(block_model, length):
+def test_three_turns(name, length):
     """The answers are those of the whole text computed anew, with a cache and without one, and each turn computes its
     own tokens and the block before alone."""
-    model = load(NAMES[type(block_model)], length)
+    model = load(name, length)
     counter, conversation, texts = Counter(model), model.conversation_cache(), prompts(7, seed=3)
     for turn in range(3):
         output, after = answer(model, texts, past_key_values=conversation)
@@ -72,14 +68,15 @@ def test_three_turns(block_model, length):
         texts = [[*text, 7, 8 + turn, 9] for text in after]
 
 
-def test_texts_that_end(block_model):
+@pytest.mark.parametrize("name", CLASSES)
+def test_texts_that_end(name):
     """A row that has ended early is kept up to its end, whatever is behind it."""
-    family = FAMILIES["dream" if NAMES[type(block_model)] == "dream" else "llada"]
+    model, family = load(name), FAMILIES["dream" if name == "dream" else "llada"]
     settings = {"eos_token_id": list(family.frequent), "stop_at_eos": True}
-    conversation, texts = block_model.conversation_cache(), prompts(12, seed=5)
+    conversation, texts = model.conversation_cache(), prompts(12, seed=5)
     for _turn in range(3):
-        output, _ = answer(block_model, texts, past_key_values=conversation, **settings)
-        assert_same(output, answer(block_model, texts, **settings)[0])
+        output, _ = answer(model, texts, past_key_values=conversation, **settings)
+        assert_same(output, answer(model, texts, **settings)[0])
         ends = [len(text) + int(count) for text, count in zip(texts, output.num_tokens, strict=True)]
         assert all(len(kept) <= end for kept, end in zip(conversation.ids, ends, strict=True))
         answers = [row[-20:][:count].tolist() for row, count in zip(output.sequences, output.num_tokens, strict=True)]
@@ -87,22 +84,22 @@ def test_texts_that_end(block_model):
     assert len({int(count) for count in output.num_tokens}) > 1
 
 
-def test_earlier_turns_may_be_rewritten(block_model):
+@pytest.mark.parametrize("name", CLASSES)
+def test_earlier_turns_may_be_rewritten(name):
     """From the first difference on, everything is computed; a branch of the conversation does not disturb it."""
-    counter, conversation = Counter(block_model), block_model.conversation_cache()
-    _, texts = answer(block_model, [[5] * 30, [6] * 25], past_key_values=conversation)
+    model = load(name)
+    counter, conversation = Counter(model), model.conversation_cache()
+    _, texts = answer(model, [[5] * 30, [6] * 25], past_key_values=conversation)
     counter()
     branch = copy.deepcopy(conversation)
     for changed in (0, 11, 12, 29):
         others = [[*text[:changed], 77, *text[changed + 1 :], 7, 8] for text in texts]
         branched = copy.deepcopy(branch)
-        output, _ = answer(block_model, others, past_key_values=branched)
+        output, _ = answer(model, others, past_key_values=branched)
         first = counter()
-        assert_same(output, answer(block_model, others)[0])
+        assert_same(output, answer(model, others)[0])
         assert counter() - first == 2 * (changed // 6 * 6)
-    assert_same(
-        answer(block_model, texts, past_key_values=conversation)[0], answer(block_model, texts)[0]
-    )  # and the same again
+    assert_same(answer(model, texts, past_key_values=conversation)[0], answer(model, texts)[0])  # and the same again
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,11 @@ def test_other_projects_policies_are_answered_with_ours(model, prompt, name):
         model.generate(prompt, max_new_tokens=4, unmasking=name)
 
 
+def test_a_policy_is_a_name(model, prompt):
+    with pytest.raises(ValueError, match=r"`unmasking=\['confidence'\]` is not allowed: it must be one of "):
+        model.generate(prompt, max_new_tokens=4, unmasking=["confidence"])
+
+
 SET = {
     "num_assistant_tokens": 5, "num_assistant_tokens_schedule": "heuristic", "assistant_confidence_threshold": 0.7,
     "assistant_lookbehind": 3, "target_lookbehind": 3, "max_matching_ngram_size": 2, "prompt_lookup_num_tokens": 3,

@@ -242,14 +242,14 @@ class DiffusionGenerationConfig(GenerationConfig):
         if isinstance(self.unmasking, str) and self.unmasking in OTHER_POLICIES:
             allowed = f"{OTHER_POLICIES[self.unmasking]!r}, as that policy is called here"
             require(False, "unmasking", self.unmasking, allowed)
-        if self.unmasking in POLICIES and not isinstance(POLICIES[self.unmasking], Policy):
+        for name, allowed in choices.items():
+            value = getattr(self, name)
+            require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
+        if self.unmasking is not None and not isinstance(POLICIES[self.unmasking], Policy):
             raise ValueError(
                 f"`POLICIES[{self.unmasking!r}]` is a {type(POLICIES[self.unmasking]).__name__}: it must be a "
                 f"`Policy`, with the function and, if that takes a `threshold`, a default for it."
             )
-        for name, allowed in choices.items():
-            value = getattr(self, name)
-            require(value is None or value in tuple(allowed), name, value, f"one of {', '.join(map(repr, allowed))}")
         for name in ("temperature", "unmasking_temperature", "max_time"):
             value = getattr(self, name)
             ok = value is None or (is_number(value) and 0.0 <= value < math.inf)

@@ -259,16 +259,18 @@ class DecodingLoop:
         7. Stream: decided text goes to the streamer.
         8. Advance: rows whose block is complete begin the next one.
         """
-        prompts = iter(prompts)
+        prompts, ended = iter(prompts), []
         try:
-            ended = self._exchange(prompts)
-            while self.rows.is_live.any():
+            while True:
+                if not self.rows.is_live.any():  # at first, and where there is no pass to do this in
+                    ended += self._exchange(prompts)
+                    if not self.rows.is_live.any():
+                        break
                 plan, shape = self.schedule.plan(self.rows)  # 1
                 try:
                     step_rows = self._step(plan, shape)  # 2
                 except torch.OutOfMemoryError as error:
                     self._begin_again_with_fewer_slots(error)
-                    ended += self._exchange(prompts)
                     continue
                 yield from ended
                 ended = self._exchange(prompts)  # 3
@@ -277,8 +279,6 @@ class DecodingLoop:
                 self._stop()  # 6
                 self._stream()  # 7
                 self.schedule.advance(self.rows)  # 8
-                if not self.rows.is_live.any():  # there is no other pass to do this in
-                    ended += self._exchange(prompts)
             yield from ended
             if self.conversation is not None:
                 self._keep()

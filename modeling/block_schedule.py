@@ -2,8 +2,10 @@
 """Which pass comes next: the rows as the host knows them, and the schedule that finishes them block by block.
 
 A schedule is a few functions of the rows' state: `plan` says which rows the next pass takes and what it computes of
-each, `settle` what a pass has changed, `advance` where a row goes on. All of them work on whole arrays, so that the
-host is quick with hundreds of rows.
+each, `count` that it is on its way, `settle` what it has written, `advance` where a row goes on. All of them work on
+whole arrays, so that the host is quick with hundreds of rows. After a pass that completed nothing (by what `settle`
+returns), `plan` is called once more while the device makes the next one, and its plan holds unless that completes
+something: it must depend on the rows alone.
 """
 
 import numpy as np
@@ -160,7 +162,8 @@ class BlockSchedule:
             key = (int(rows.length[slot]), begin, masks, int(rows.request[slot]) if self.is_drawn else 0)
             if key not in self.block_counts:
                 self.block_counts[key] = self._count_block(*key)
-            counts[i] = self.block_counts[key][rows.block_passes[slot]]
+            block, number = self.block_counts[key], rows.block_passes[slot]
+            counts[i] = block[number] if number < len(block) else 0  # after the pass that will complete the block
         return counts
 
     def _count_block(self, length, begin, masks, request):
@@ -180,14 +183,11 @@ class BlockSchedule:
         generator = torch.Generator().manual_seed(mixed(self.seed, request, block)) if self.is_drawn else None
         return self.schedule(masks, steps, eps=self.eps, generator=generator)
 
-    # --- 5. settle ---------------------------------------------------------------------------------------------------
+    # --- 3. while the device makes the pass --------------------------------------------------------------------------
 
-    def settle(self, rows: Rows, plan: Plan, report: Report) -> None:
-        """What a pass has changed: each of its rows is one pass further, and may have completed its block or ended."""
-        slots, decided, end, seen = plan.slot, *report
-        if self.is_in_step:
-            is_open = plan.stop > plan.start
-            slots, decided, end, seen = (each[is_open] for each in (slots, *report))
+    def count(self, rows: Rows, plan: Plan) -> None:
+        """A pass has begun: each of its rows is one pass further."""
+        slots = plan.slot[plan.stop > plan.start] if self.is_in_step else plan.slot
         rows.passes[slots] += 1
         rows.block_passes[slots] = number = rows.block_passes[slots] + 1
         if (number > self.block_length).any():
@@ -195,17 +195,27 @@ class BlockSchedule:
                 f"`unmasking={self.unmasking!r}` wrote nothing in some passes, so decoding might never end: a policy "
                 f"must accept at least one masked position of each row, such as `best(statistics.confidence, masked)`."
             )
-        rows.decided[slots] = decided
-        if self.block_cache == "exact":  # what is before the block was computed with it, or before
+        if self.block_cache == "exact":  # what is before the block is computed with it, or was before
             rows.kept[slots] = rows.start[slots] // self.block_length * self.block_length
+        if self.block_cache != "none" and (self.interval is not None or (number == 1).any()):
+            rows.is_changed = True  # the next pass computes something else
+
+    # --- 5. settle ---------------------------------------------------------------------------------------------------
+
+    def settle(self, rows: Rows, plan: Plan, report: Report) -> bool:
+        """What a pass has written. Returns whether any of its rows has completed its block, ended, or sees less."""
+        slots, decided, end, seen = plan.slot, *report
+        if self.is_in_step:
+            is_open = plan.stop > plan.start
+            slots, decided, end, seen = (each[is_open] for each in (slots, *report))
+        rows.decided[slots] = decided
         is_complete, is_end = decided >= np.minimum(rows.stop[slots], seen), end > 0
-        is_other = is_complete | is_end | (seen != rows.seen[slots])
-        if self.block_cache != "none":  # where the next pass computes something else
-            is_other |= (number == 1) | (self.interval is not None)
-        if self.is_in_step or is_other.any():
+        is_other = bool((is_complete | is_end | (seen != rows.seen[slots])).any())
+        if self.is_in_step or is_other:
             rows.seen[slots], rows.is_complete[slots], rows.is_changed = seen, is_complete, True
             rows.decided[slots[is_end]] = end[is_end]
             rows.finish(slots[is_end], end[is_end])
+        return is_other
 
     # --- 8. advance --------------------------------------------------------------------------------------------------
 

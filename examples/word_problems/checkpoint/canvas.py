@@ -131,7 +131,7 @@ class Canvas:
         self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
         # On the host, from where the device copies while the host goes on. Each is written once between two looks.
         is_pinned = layout.device.type == "cuda"
-        self._host_numbers = torch.zeros(numbers, dtype=torch.long, pin_memory=is_pinned)
+        self._host_numbers = [torch.zeros(numbers, dtype=torch.long, pin_memory=is_pinned) for _ in range(2)]
         # The state of new rows, and behind it their slots.
         self._host_state = torch.zeros(self.slots, 3 * shape[1] + 1, dtype=torch.long, pin_memory=is_pinned)
         self._host_state[:, shape[1] : 2 * shape[1]] = -1
@@ -172,11 +172,12 @@ class Canvas:
 
     def send(self, plan: Plan, shape: Shape) -> None:
         """Send the plan of a step. More rows, tokens and tiles than the plan has are filled up with what has no place.
-        The host may go on; the plan that is sent next waits for `look`."""
+        The host may go on; between two looks, no more than two plans may be sent."""
         last, self._last = self._last, plan
         if last is not None and last.slot is plan.slot and last.quota is plan.quota:
             return  # another pass over the same: the step has counted it
-        rows, count, sent = shape.rows, len(plan.slot), self._host_numbers.numpy()
+        self._host_numbers.reverse()
+        rows, count, sent = shape.rows, len(plan.slot), self._host_numbers[0].numpy()
         size, total = len(plan) * rows, int(plan.size.sum()) if shape.tokens else 0
         fields = self._fields(sent, rows)
         fields[:, :count] = plan
@@ -187,7 +188,7 @@ class Canvas:
         if shape.tokens and (last is None or last.slot is not plan.slot):
             self._write_runs(self._runs(sent, shape), plan, shape, total)
             size += 2 * shape.tokens + 5 * shape.tiles
-        self.numbers[:size].copy_(self._host_numbers[:size], non_blocking=True)
+        self.numbers[:size].copy_(self._host_numbers[0][:size], non_blocking=True)
 
     def _write_runs(self, runs, plan, shape, total):
         slot, column, tiles = runs

@@ -77,7 +77,16 @@ class StepSettings(NamedTuple):
     filter_addresses: tuple[int, ...]
 
 
-# --- 3. step ---------------------------------------------------------------------------------------------------------
+class Pass(NamedTuple):
+    """A pass that is ready to be made: its plan, its shape, and the settings of the step that makes it, which may take
+    more rows."""
+
+    plan: Plan
+    shape: Shape
+    settings: StepSettings
+
+
+# --- 2. step ---------------------------------------------------------------------------------------------------------
 
 
 def decode_step(
@@ -231,9 +240,7 @@ class DecodingLoop:
         )  # fmt: skip
         self.waiting: deque[Prompt] = deque()
         self.is_late, self.streamed = False, 0
-        self.planned: np.ndarray | None = None  # slots of the pass that `settings` and `step` are of
-        self.settings: StepSettings
-        self.step: Callable[[], None]
+        self.planned: Pass | None = None  # the last one
         policy = POLICIES[config.unmasking]
         tensors = [] if unmasking_filter is None else [*unmasking_filter.parameters(), *unmasking_filter.buffers()]
         sampling = tuple(getattr(config, name) for name in SAMPLING_FIELDS) if config.do_sample else None
@@ -252,30 +259,33 @@ class DecodingLoop:
            policy's choice which of them become final.
         3. Exchange, while the device makes the pass: rows that ended before it leave their slots, and the next prompts
            take them, to join in the pass after. Answers are yielded here, too, so that what is done with them takes no
-           time of the device.
+           time of the device. Where the pass before completed nothing, the next one is planned as it will be if this
+           one completes nothing, either.
         4. Look: the host learns what is decided, and what has ended.
         5. Settle: the rows' state follows.
         6. Stop: criteria and time end rows.
         7. Stream: decided text goes to the streamer.
         8. Advance: rows whose block is complete begin the next one.
         """
-        prompts, ended = iter(prompts), []
+        prompts, ended, following, is_calm = iter(prompts), [], None, False
         try:
             while True:
                 if not self.rows.is_live.any():  # at first, and where there is no pass to do this in
                     ended += self._exchange(prompts)
                     if not self.rows.is_live.any():
                         break
-                plan, shape = self.schedule.plan(self.rows)  # 1
+                this = self._plan() if following is None or self.rows.is_changed else following  # 1
                 try:
-                    step_rows = self._step(plan, shape)  # 2
+                    self._step(this.settings)  # 2
                 except torch.OutOfMemoryError as error:
                     self._begin_again_with_fewer_slots(error)
                     continue
                 yield from ended
                 ended = self._exchange(prompts)  # 3
-                report = self.canvas.look(step_rows, shape.rows)  # 4
-                self.schedule.settle(self.rows, plan, report)  # 5
+                self.schedule.count(self.rows, this.plan)
+                following = self._plan() if is_calm else None
+                report = self.canvas.look(this.settings.shape.rows, this.shape.rows)  # 4
+                is_calm = not self.schedule.settle(self.rows, this.plan, report)  # 5
                 self._stop()  # 6
                 self._stream()  # 7
                 self.schedule.advance(self.rows)  # 8
@@ -313,21 +323,26 @@ class DecodingLoop:
     def _next(self, prompts):
         return self.waiting.popleft() if self.waiting else next(prompts, None)
 
-    def _step(self, plan: Plan, shape: Shape) -> int:
-        """Begin the pass. Returns how many rows its step takes."""
-        canvas = self.canvas
-        if self.planned is not plan.slot:  # else the pass is like the one before
-            self.planned, self.settings = plan.slot, self._settings(plan, shape)
-            self.step = partial(decode_step, self.model, canvas, self.settings, self.process, self.choose)
+    def _plan(self) -> Pass:
+        """The next pass, as the rows are now. Its plan is sent."""
+        (plan, shape), last = self.schedule.plan(self.rows), self.planned
+        if last is not None and last.plan.slot is plan.slot:  # it is like the last one
+            self.planned = last._replace(plan=plan)
+        else:
+            self.planned = Pass(plan, shape, self._settings(plan, shape))
+        self.canvas.send(plan, self.planned.settings.shape)
+        return self.planned
+
+    def _step(self, settings: StepSettings) -> None:
+        """Begin the pass."""
         if self.wait is not None:
             self.wait()
-        with self.lock, device_of(canvas):
-            canvas.send(plan, self.settings.shape)
+        step = partial(decode_step, self.model, self.canvas, settings, self.process, self.choose)
+        with self.lock, device_of(self.canvas):
             if self.steps is None:
-                self.step()
+                step()
             else:
-                self.steps.run(canvas, self.settings, self.step)
-        return self.settings.shape.rows
+                self.steps.run(self.canvas, settings, step)
 
     def _settings(self, plan: Plan, shape: Shape) -> StepSettings:
         """Of the step that makes this pass."""
@@ -356,7 +371,6 @@ class DecodingLoop:
             Prompt(int(rows.request[slot]), ids[slot][: rows.prompt_length[slot]], int(rows.length[slot]))
             for slot in reversed(unfinished)
         )
-        del self.step  # which holds the canvas, too
         self.canvas = None  # before there is another
         torch.cuda.empty_cache()
         self.layout = self.layout._replace(slots=slots)

@@ -6,13 +6,16 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-gpu lint clean
+.PHONY: demo test test-journeys test-slow test-gpu lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --durations 15 $(TESTS)
+
+test-journeys: $(VENV)/.test
+	$(BIN)/python -m pytest -n 2 -m "journey and not slow" --durations 15 $(TESTS)
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow --durations 0 $(TESTS)

@@ -8,6 +8,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -68,6 +69,7 @@ def test_the_citation_has_the_papers_of_the_cards():
         assert cited[title, arxiv] == authors
 
 
+@pytest.mark.journey
 def test_a_checkout_that_is_not_installed_has_a_version():
     code = """
 import importlib.metadata as metadata
@@ -96,6 +98,7 @@ def test_text_is_read_and_written_as_utf_8():
     assert not found
 
 
+@pytest.mark.journey
 def test_wheel_and_sdist(tmp_path):
     run("-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(ROOT), cwd=tmp_path)
     wheel, sdist = next(tmp_path.glob("*.whl")), next(tmp_path.glob("*.tar.gz"))

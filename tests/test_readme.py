@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from datasets import Dataset
 from transformers import AutoTokenizer
 
+from dparallel.modeling import POLICIES
 from tests.families import FAMILIES
 from tests.golden import CHECKPOINT, STUDENT
 from tests.hub_cards.hub_server import LARGE, Blob, HubServer, Repo
@@ -185,10 +187,29 @@ def run_session(hub, folder, blocks, python=sys.executable, **environment):
     return result.stdout
 
 
+@pytest.mark.journey
 def test_the_python_blocks_are_a_session(hub, folder):
     blocks = blocks_of(PAGE, "python")
     assert blocks
     print(run_session(hub, folder, blocks))
+
+
+def test_the_policy_of_the_other_page_decodes():
+    """CONTRIBUTING.md's."""
+    (block,) = blocks_of(ROOT / "CONTRIBUTING.md", "python")
+    model, prompt = FAMILIES["llada"].small(), torch.tensor([[5, 6, 7]])
+
+    def passes(threshold):
+        output = model.generate(
+            prompt, max_new_tokens=8, unmasking="two_ways", threshold=threshold, return_dict_in_generate=True
+        )
+        return output.num_forward_passes.item()
+
+    try:
+        exec(block.code, {})
+        assert (passes(0), passes(100)) == (8, 1)
+    finally:
+        POLICIES.pop("two_ways", None)
 
 
 @pytest.mark.slow

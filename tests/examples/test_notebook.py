@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.scripts import EXAMPLES
 
 NOTEBOOK = EXAMPLES / "quickstart.ipynb"
@@ -22,6 +24,7 @@ def code_cells():
     return [cell for cell in cells if cell["cell_type"] == "code"]
 
 
+@pytest.mark.journey
 def test_the_notebook_runs(tmp_path):
     (tmp_path / "examples").symlink_to(EXAMPLES)
     code = "\n".join([KERNEL, *("".join(cell["source"]) for cell in code_cells())])

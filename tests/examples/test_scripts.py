@@ -42,6 +42,7 @@ def test_quickstart(tmp_path):
     assert rows[-1].startswith("| student | `entropy_threshold`, threshold 0.1 | 6.0 |")
 
 
+@pytest.mark.journey
 def test_quickstart_takes_another_model(tmp_path):
     result = call("quickstart.py", "--problems", 1, "--model", STUDENT, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -70,6 +71,7 @@ def test_quickstart_refuses_wrong_numbers(count, tmp_path):
     assert result.returncode == 2 and f"--problems {count}: it must be from 1 to 5000" in result.stderr
 
 
+@pytest.mark.journey
 def test_training_script_makes_a_checkpoint_that_loads(tmp_path):
     flags = "--num_train_problems 64 --num_validation_problems 2 --max_steps 2 --per_device_train_batch_size 4".split()
     flags += "--dataloader_num_workers 0 --logging_steps 1 --warmup_steps 1 --use_cpu true --output_dir out".split()
@@ -165,6 +167,7 @@ def prompts_file(tmp_path):
 
 
 @pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.journey
 def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word_tokenizer, use_peft):
     reader.save_pretrained(tmp_path / "teacher")
     word_tokenizer.save_pretrained(tmp_path / "teacher")

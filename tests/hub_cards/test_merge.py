@@ -73,6 +73,7 @@ def test_merged_equals_unmerged(trained, tmp_path, small_model, word_tokenizer, 
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_merged_model_needs_no_package(trained, tmp_path, word_tokenizer):
     merged = merge_adapter(trained, tmp_path / "merged", word_tokenizer, unmasking="entropy_bound", threshold=0.2)
     prompt = "Sam has 3 books. "

@@ -78,6 +78,7 @@ def run(hub, code, *arguments):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_the_whole_way(hub, family, small_model, word_tokenizer, tmp_path):
     """A teacher, its trajectories, a student distilled from what was loaded back, merged, with a filter; and all of it
     loaded where this package is not."""
@@ -144,6 +145,7 @@ def save(model, folder):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_the_snippet_of_the_card_runs_as_it_stands(hub, folder, caplog):
     push(folder, run_snippet=True, prompt='Sam has 3 "books".')
     words = "repeats itself|has no text|has no end within|is empty"  # random weights say nothing
@@ -381,6 +383,7 @@ def test_what_does_not_run_is_not_pushed(hub, folder, monkeypatch):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_adapters_merged_or_not(hub, family, model, word_tokenizer, tmp_path):
     base = save(model, tmp_path / "base")
     torch.manual_seed(0)
@@ -440,6 +443,7 @@ print(model.generate(**tokenizer("Sam has 3 books.", return_tensors="pt"), do_sa
     assert run(hub, code).strip() == str(word_model.generate(**ids, do_sample=False).tolist())
 
 
+@pytest.mark.journey
 def test_all_that_a_save_leaves_is_pushed(hub, folder, model, word_tokenizer, tmp_path):
     """Shards, a filter, several chat templates and license texts; and no pickle."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -505,6 +509,7 @@ def test_what_is_no_answer_is_told_from_one(answer, flaw):
     assert flaw_of(answer, [0], [0, 1, 2]) == flaw
 
 
+@pytest.mark.journey
 def test_a_good_answer_is_not_flagged(tmp_path, caplog):
     question = "Nora has 12 shells. Nora finds 8 more. How many shells does Nora have now?"
     push(CHECKPOINT.parent / "student", run_snippet=True, dry_run=tmp_path / "dry", prompt=question)

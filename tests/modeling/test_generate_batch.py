@@ -151,6 +151,7 @@ def test_no_row_waits_for_another(slots, monkeypatch):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_computed_positions_with_a_cache(family):
     """What passes compute, over what their rows need: nothing is computed for the sake of other rows."""
     model = family.load()
@@ -362,6 +363,7 @@ def leave_early(rank, folder, port):
     dist.destroy_process_group()
 
 
+@pytest.mark.journey
 def test_a_process_that_leaves_early_stops_no_other(models, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

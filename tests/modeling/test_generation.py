@@ -905,6 +905,7 @@ def decode_in_step_with_others(rank, name, folder, port):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_synced_processes_make_the_same_number_of_passes(family, model, tmp_path):
     """Under ZeRO-3 and FSDP a process that is done must go on making passes, or the others wait for it for ever."""
     with socket.socket() as probe:

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 OWN = """
 import torch
 from torch import nn
@@ -59,6 +61,7 @@ print(model.generate(torch.tensor([[1, 2, 3]]), max_new_tokens=8, block_length=4
 """
 
 
+@pytest.mark.journey
 def test_it_travels_with_its_code(tmp_path):
     """As the README says; somebody else's process knows nothing of the file."""
     (tmp_path / "own_model.py").write_text(OWN)

@@ -80,6 +80,7 @@ print(json.dumps(found))
     "source",
     ["dream", *(pytest.param(name, marks=pytest.mark.slow) for name in ("teacher", "student", "llada", "sdar"))],
 )
+@pytest.mark.journey
 def test_remote_code_round_trip_without_the_package(source, word_model, word_tokenizer, inputs, tmp_path):
     """From the folders in the repository, and from a saved model of each family."""
     folder, threshold, config = CHECKPOINT, None, "LLaDAConfig"

@@ -296,6 +296,7 @@ def test_a_kernel_that_fails_gives_way_to_plain_pytorch(monkeypatch, caplog):
     assert triton_kernels.failed == {fused_rms_norm}
 
 
+@pytest.mark.journey
 def test_one_switch_turns_kernels_off(monkeypatch):
     code = "from dparallel.modeling.triton_kernels import IS_ENABLED; print(IS_ENABLED)"
     environment = {**os.environ, "DPARALLEL_KERNELS": "0"}

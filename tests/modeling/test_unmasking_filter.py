@@ -134,6 +134,7 @@ def test_it_travels_with_its_model(family, prompt, tmp_path):
 
 
 @pytest.mark.parametrize("family", MOSTLY_SLOW, indirect=True)
+@pytest.mark.journey
 def test_remote_code_without_this_package(family, prompt, tmp_path):
     """Beside its model, and alone."""
     model, unmasking_filter = family.load(), make_filter()

@@ -157,6 +157,7 @@ def test_wrong_rows_and_settings(tmp_path):
         FilterConfig(str(tmp_path), label_smoothing_factor=0.1)
 
 
+@pytest.mark.journey
 def test_from_prompts_to_faster_decoding(word_model, word_tokenizer, tmp_path):
     """The whole way with the example model: its filter needs fewer passes, and keeps the answers."""
     questions = [

@@ -57,8 +57,13 @@ logger = logging.get_logger(__name__)
 
 
 class DiffusionGenerationMixin(BatchGenerationMixin):
-    """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`, and set
-    `logits_shift`: 0 where the logits at position i predict token i (LLaDA), 1 where those at i - 1 do (Dream)."""
+    """`generate()` for masked diffusion language models. Subclass it together with `PreTrainedModel`.
+
+    The model needs `config.mask_token_id`; `logits_shift`, 0 where the logits at position i predict token i (LLaDA), 1
+    where those at i - 1 do (Dream); and `forward(input_ids, attention_mask, position_ids, logits_to_keep)`. That takes
+    positions of shape `(1, L)` for all rows or `(B, L)`, and in `logits_to_keep` the places, `(K,)` or `(B, K)` for
+    each row, whose logits it returns. For a `block_cache`, it also takes `past_key_values`.
+    """
 
     logits_shift = 0
     unmasking_filter = None

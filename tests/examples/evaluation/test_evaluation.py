@@ -63,6 +63,7 @@ def test_equals_one_question_at_a_time(word_model, word_tokenizer, questions, tm
     assert result.decoding == {**decoding, "max_new_tokens": 64} and result.task == "GSM8K"
 
 
+@pytest.mark.journey
 def test_word_problems_from_the_shell(tmp_path):
     arguments = ["--model", STUDENT, "--limit", 4, "--batch-size", 4, "--output-dir", tmp_path / "out"]
     result = run(WORD_PROBLEMS_SCRIPT, *arguments)
@@ -82,6 +83,7 @@ def test_word_problems_from_the_shell(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.journey
 def test_a_killed_run_goes_on_byte_for_byte(questions, tmp_path, dtype):
     """In bfloat16, answers depend on what is answered together, and that is what is saved together."""
     write_lines(
@@ -180,6 +182,7 @@ def test_programs_are_run_only_if_allowed(tmp_path):
         (["--model", STUDENT, "--dtype", "float99"], "invalid choice: 'float99'"),
     ],
 )
+@pytest.mark.journey
 def test_the_shell_says_what_is_wrong(flags, message):
     result = call(WORD_PROBLEMS_SCRIPT, *flags)
     assert result.returncode and re.search(message, result.stderr)
@@ -194,6 +197,7 @@ def test_the_shell_says_what_is_wrong(flags, message):
         ("humaneval/evaluate_humaneval.py", []),
     ],
 )
+@pytest.mark.journey
 def test_real_rows_from_end_to_end(script, flags, tmp_path):
     common = ["--model", STUDENT, "--limit", 2, "--max-new-tokens", 32, "--output-dir", tmp_path]
     printed = call(script, *flags, *common, HF_ALLOW_CODE_EVAL="1", DPARALLEL_DATA=str(DATA))

@@ -37,6 +37,7 @@ POINT = Measurement(
 )  # fmt: skip
 
 
+@pytest.mark.journey
 def test_a_sweep(tmp_path, monkeypatch):
     flags = [
         "--task",
@@ -70,6 +71,7 @@ def test_a_sweep(tmp_path, monkeypatch):
     assert call("dparallel.evaluation.sweep", *flags).stdout == result.stdout, "nothing is decoded again"
 
 
+@pytest.mark.journey
 def test_a_sweep_is_warm_before_the_clock_runs(word_model, word_tokenizer, tmp_path, monkeypatch):
     """Once for each policy and cache, or where a killed sweep goes on; and the answers are those of a cold one."""
     events = []

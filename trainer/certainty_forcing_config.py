@@ -34,7 +34,8 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         metadata={
             "help": "Tokens of prompt and response together. Longer responses are cut, shorter ones are filled up "
             "with end-of-text, which is learned as well. None: no limit, and one end-of-text. 0: the lengths of the "
-            "family, 384 for both together (LLaDA), or 256 for the response alone (Dream)."
+            "family, 384 for both together (LLaDA), or 256 for the response alone (Dream). For a block-causal model, "
+            "responses are filled up to the end of a block only, unless `response_length` is given."
         },
     )
     masking: str | None = field(
@@ -42,12 +43,17 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         metadata={
             "help": "Which tokens are hidden. 'block': of a random block, with all behind it hidden and not scored "
             "(default for LLaDA). 'response': of the whole response (for Dream). 'trajectory': as 'block', but in the "
-            "order in which the teacher wrote them, from the column `unmasking_step`.",
+            "order in which the teacher wrote them, from the column `unmasking_step`. A block-causal model sees all "
+            "its blocks at once, each scored under a ratio of its own, with 'block' and 'trajectory'.",
             "choices": list(MASKINGS),
         },
     )
     block_length: int = field(
-        default=32, metadata={"help": "Tokens per block; the last one may be shorter. Not used by 'response'."}
+        default=32,
+        metadata={
+            "help": "Tokens per block; the last one may be shorter. Not used by 'response'. The block length of a "
+            "block-causal model takes the place of the default."
+        },
     )
     mask_ratio: float = field(
         default=0.5, metadata={"help": "Share of the block or response that the first view hides, in (0, 1]."}
@@ -115,8 +121,8 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
         for name in ("eval_max_new_tokens", "eval_decoding_batch_size"):
             self._require(getattr(self, name) >= 1, name, "at least 1")
 
-    def completed(self, model_type: str) -> "CertaintyForcingConfig":
-        known = family_of(model_type)
+    def completed(self, model_type: str, block_causal_length: int | None = None) -> "CertaintyForcingConfig":
+        known = family_of(model_type) if block_causal_length is None else None  # dParallel's models see everything
         published = {} if known is None else known.distillation
         settled, family = copy.copy(self), published or FAMILIES["llada"].distillation
         for name in ("masking", "certainty_weight", *(("response_length",) if self.max_length == 0 else ())):
@@ -124,10 +130,17 @@ class CertaintyForcingConfig(DiffusionTrainingConfig):
                 setattr(settled, name, family[name])
         if self.max_length == 0:
             settled.max_length = family["max_length"]
+        if block_causal_length is not None:
+            allowed = f"{block_causal_length}, the block length of the model"
+            self._require(self.block_length in (32, block_causal_length), "block_length", allowed)
+            self._require(self.block_length_start is None, "block_length_start", "None for a block-causal model")
+            self._require(self.masking != "response", "masking", "'block' or 'trajectory' for a block-causal model")
+            settled.block_length = block_causal_length
         is_used = self.block_length_start is None or settled.masking != "response"
         self._require(is_used, "block_length_start", f"None with `masking={settled.masking!r}`, which has no blocks")
         if not published and vars(settled) != vars(self):
-            logger.warning(f"Nothing was published for the model type {model_type!r}: LLaDA's settings are used.")
+            what = f"the model type {model_type!r}" if block_causal_length is None else "block-causal models"
+            logger.warning(f"Nothing was published for {what}: LLaDA's settings are used.")
         return settled
 
     @property

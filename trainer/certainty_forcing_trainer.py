@@ -34,8 +34,9 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
     """dParallel's distillation ("dParallel: Learnable Parallel Decoding for dLLMs", https://arxiv.org/abs/2509.26488).
 
     Of each example a span is drawn, a block of the response or all of it, and seen twice, with complementary tokens
-    hidden. The loss of an example is the sum over both views of `trajectory_weight` times the mean cross-entropy with
-    the teacher's answer, plus `certainty_weight` times the mean entropy of those predictions that are right already.
+    hidden; of a block-causal model, all blocks are seen at once. The loss of an example is the sum over both views of
+    `trajectory_weight` times the mean cross-entropy with the teacher's answer, plus `certainty_weight` times the mean
+    entropy of those predictions that are right already.
 
     Args:
         judge (`Callable[[dict], bool]`, *optional*): is the answer right? It gets a row of the evaluation dataset with
@@ -117,11 +118,13 @@ class CertaintyForcingTrainer(MaskedDiffusionTrainer):
             return stop if start is None else start + progress * (stop - start)
 
         ratio = grown(args.mask_ratio_start, args.mask_ratio)
+        has_one_span = args.masking == "response" or self.block_causal_length is not None
         masks = complementary_masks(
             response,
-            None if args.masking == "response" else round(grown(args.block_length_start, args.block_length)),
+            None if has_one_span else round(grown(args.block_length_start, args.block_length)),
             (ratio if args.mask_ratio_low is None else args.mask_ratio_low, ratio),
             inputs["unmasking_step"] if args.masking == "trajectory" else None,
+            self.block_causal_length,
             **randomness,
         )
         return masks if args.complementary else type(masks)(*(tensor[: len(response)] for tensor in masks))

@@ -87,9 +87,9 @@ class DiffusionTrainingConfig(TrainingArguments):
             self.greater_is_better = False
         super().__post_init__()
 
-    def completed(self, model_type: str) -> "DiffusionTrainingConfig":
-        """A copy in which everything is settled that was left open and depends on the model's family; here nothing is.
-        The trainer works with it."""
+    def completed(self, model_type: str, block_causal_length: int | None = None) -> "DiffusionTrainingConfig":
+        """A copy in which everything is settled that was left open and depends on the model's family, or on the block
+        length of a block-causal model; here nothing does. The trainer works with it."""
         return self
 
     @property

@@ -29,20 +29,19 @@ def masked_diffusion_losses(
         logits (`torch.FloatTensor` of shape `(B, T, V)`): row i predicts labels i; float32.
         labels (`torch.LongTensor` of shape `(B, T)`): the true tokens.
         masked (`torch.BoolTensor` of shape `(B, T)`): the positions that count.
-        mask_ratio (`torch.FloatTensor` of shape `(B,)`): t in (0, 1].
+        mask_ratio (`torch.FloatTensor` of shape `(B,)`, or `(B, T)` for each position): t in (0, 1].
         span_length (`torch.LongTensor` of shape `(B,)`): number of tokens that could have been masked (the response).
         loss_weighting (`str`): one of `LOSS_WEIGHTINGS`.
 
     Returns:
         The losses of the rows, (B,).
     """
-    row_sums = cross_entropies(logits, labels).masked_fill(~masked, 0.0).sum(dim=1)
-    denominators = {
-        "inverse_t": mask_ratio * span_length,
-        "uniform": masked.sum(dim=1).clamp(min=1),
-        "token": span_length,
-    }
-    return row_sums / denominators[loss_weighting]
+    losses = cross_entropies(logits, labels).masked_fill(~masked, 0.0)
+    if loss_weighting == "uniform":
+        return row_means(losses, masked)
+    if loss_weighting == "inverse_t":
+        losses = losses / mask_ratio.view(len(losses), -1)
+    return losses.sum(dim=1) / span_length
 
 
 def certainty_forcing_losses(

@@ -33,6 +33,7 @@ from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
 
+from .block_streams import FLEX_ATTENTION, block_streams, by_views
 from .checkpoints import (
     DEEPSPEED,
     FSDP,
@@ -92,7 +93,11 @@ class MaskedDiffusionTrainer(Trainer):
     https://arxiv.org/abs/2502.09992), in the shape of TRL's trainers.
 
     Any model trains that has `config.mask_token_id`, an attribute `logits_shift`, and a `forward(input_ids,
-    attention_mask, logits_to_keep)` whose `logits_to_keep` takes positions of shape (B, M), as transformers' does.
+    attention_mask, logits_to_keep)` whose `logits_to_keep` takes positions of shape (B, M), as transformers' does. One
+    with a `config.block_causal_length` is trained on all blocks of a row at once, each under a mask ratio of its own
+    (`block_streams.py`); its `forward` also gets `position_ids` (1, T), and an `attention_mask` (B or 1, 1, T, T) or a
+    `BlockMask`.
+
     Under DDP one with weights that a pass may leave out, as experts, needs `ddp_find_unused_parameters=True`.
 
     Args:
@@ -150,13 +155,15 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")
         if getattr(model.config, "mask_token_id", None) is None:
             raise ValueError("`model.config.mask_token_id` is not set: a masked diffusion model needs a mask token.")
-        args = args.completed(model.config.model_type)
+        self.block_causal_length = getattr(model.config, "block_causal_length", None)
+        args = args.completed(model.config.model_type, self.block_causal_length)
         if processing_class is None:
             source = {name: init_kwargs[name] for name in ("trust_remote_code", "revision") if name in init_kwargs}
             processing_class = self._tokenizer_of(model, source)
         if processing_class.eos_token_id is None:
             raise ValueError("`processing_class` has no `eos_token`: responses need an end-of-text.")
         self.mask_token_id = model.config.mask_token_id
+        self.max_position_embeddings = getattr(model.config, "max_position_embeddings", None)
         self.logits_shift = model.logits_shift
         if peft_config is not None:
             model = self._wrap_in_adapter(model, args, peft_config)
@@ -260,6 +267,8 @@ class MaskedDiffusionTrainer(Trainer):
             "max_length": args.max_length,
             "response_length": args.response_length,
             "mask_token_id": self.mask_token_id,
+            "block_causal_length": self.block_causal_length,
+            "limit": self.max_position_embeddings,
             "name": name,
         }
         # Those that a data collator of one's own may want are kept if asked for.
@@ -447,8 +456,8 @@ class MaskedDiffusionTrainer(Trainer):
     def draw_masks(self, inputs: dict[str, torch.Tensor], response: torch.Tensor, **randomness: Any) -> Masks:
         """The masks of a batch: its tensors, and (B, T) bool, the tokens that are learned -> `masking.Masks`, of B
         rows, or of several views of each, all first views first."""
-        if self.args.block_length is None:
-            return random_masks(response, **randomness)
+        if self.args.block_length is None or self.block_causal_length is not None:
+            return random_masks(response, self.block_causal_length, **randomness)
         return mixed_masks(response, self.args.block_length, **randomness)
 
     def losses_and_metrics(
@@ -464,31 +473,53 @@ class MaskedDiffusionTrainer(Trainer):
 
     def _row_losses_and_metrics(self, model, inputs, epoch):
         """Loss (B,), metrics (B, number of metrics, 2) as sum and weight, and the model's output."""
-        input_ids, attention_mask = inputs["input_ids"], inputs["attention_mask"]
+        input_ids = inputs["input_ids"]
         masks = self.draw_masks(
             inputs,
-            response_mask(inputs["prompt_length"], attention_mask, self.logits_shift),
+            response_mask(inputs["prompt_length"], inputs["attention_mask"], self.logits_shift),
             seed=self.args.seed,
             epoch=epoch,
             example_id=inputs["example_id"],
         )
-        views = len(masks.hidden) // len(input_ids)
-        input_ids, attention_mask = input_ids.repeat(views, 1), attention_mask.repeat(views, 1)
         # Only scored positions go through the head: there are never logits of whole sequences.
         # What is compiled is compiled anew for each shape: then let there be few.
         positions, is_scored = gather_positions(masks.scored, 32 if self.args.torch_compile else 8)
+        views = len(masks.hidden) // len(input_ids)
+        if self.block_causal_length is None:
+            outputs, logits = self._pass_over_views(model, inputs, masks.hidden, positions, is_scored)
+        else:
+            outputs, logits = self._pass_over_streams(model, inputs, masks.hidden, positions)
+        if masks.ratio.ndim == 2:
+            masks = masks._replace(ratio=masks.ratio.gather(1, positions))
+        labels = input_ids.repeat(views, 1).gather(1, positions)
+        losses, metrics = self.losses_and_metrics(logits.float(), labels, is_scored, masks)
+        self._metric_names = list(metrics)
+        pairs = [torch.stack((total.detach().float(), weight.float()), dim=1) for total, weight in metrics.values()]
+        return losses, torch.stack(pairs, dim=1), outputs
+
+    def _pass_over_views(self, model, inputs, hidden, positions, is_scored):
+        """The model's output, and logits (N, M, V) of the positions of N views, from a row for each view."""
+        views = len(hidden) // len(inputs["input_ids"])
+        input_ids, attention_mask = (inputs[name].repeat(views, 1) for name in ("input_ids", "attention_mask"))
         outputs = model(
-            input_ids=input_ids.masked_fill(masks.hidden, self.mask_token_id),
+            input_ids=input_ids.masked_fill(hidden, self.mask_token_id),
             # Without a mask, attention has faster kernels to choose from.
             attention_mask=None if attention_mask.all() else attention_mask,
             logits_to_keep=positions - self.logits_shift * is_scored,
         )
-        losses, metrics = self.losses_and_metrics(
-            outputs.logits.float(), input_ids.gather(1, positions), is_scored, masks
-        )
-        self._metric_names = list(metrics)
-        pairs = [torch.stack((total.detach().float(), weight.float()), dim=1) for total, weight in metrics.values()]
-        return losses, torch.stack(pairs, dim=1), outputs
+        return outputs, outputs.logits
+
+    def _pass_over_streams(self, model, inputs, hidden, positions):
+        """The same of a block-causal model, from all blocks of a row and all its views at once."""
+        input_ids = inputs["input_ids"]
+        implementation = self.accelerator.unwrap_model(model).config._attn_implementation
+        streams = block_streams(
+            input_ids, inputs["attention_mask"], hidden, positions, first=int(inputs["prompt_length"].min()),
+            block_length=self.block_causal_length, logits_shift=self.logits_shift, mask_token_id=self.mask_token_id,
+            use_flex=input_ids.is_cuda and implementation in FLEX_ATTENTION,
+        )  # fmt: skip
+        outputs = model(**streams._asdict())
+        return outputs, by_views(outputs.logits, len(hidden) // len(input_ids))
 
     def compute_loss(
         self,

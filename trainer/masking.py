@@ -47,8 +47,8 @@ class Masks(NamedTuple):
     """How a batch is masked.
 
     `hidden` (B, T) bool: shown to the model as `[MASK]`. `scored` (B, T) bool: hidden, and part of the loss. `ratio`
-    (B,): the probability with which each token of the span was hidden. `span_length` (B,): number of tokens that could
-    have been scored.
+    (B,), or (B, T) where each block has its own: the probability with which each token of the span was hidden.
+    `span_length` (B,): number of tokens that could have been scored.
     """
 
     hidden: torch.Tensor
@@ -57,17 +57,38 @@ class Masks(NamedTuple):
     span_length: torch.Tensor
 
 
-def random_masks(response: torch.Tensor, *, seed: int, epoch: int, example_id: torch.LongTensor) -> Masks:
-    """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is hidden with probability t.
+def random_masks(
+    response: torch.Tensor, grid: int | None = None, *, seed: int, epoch: int, example_id: torch.LongTensor
+) -> Masks:
+    """LLaDA's forward process: t ~ U(0, 1) for each row, then each response token is hidden with probability t. With a
+    grid, each block has its own t (Block Diffusion, https://arxiv.org/abs/2503.09573, algorithm 1).
 
     Args:
         response (`torch.BoolTensor` of shape `(B, T)`): the tokens that are learned.
+        grid (`int`, *optional*): tokens in a block, where blocks count from the row's first token.
         seed, epoch (`int`), example_id (`torch.LongTensor` of shape `(B,)`): see the module's docstring.
     """
-    draws = uniform_draws(seed, epoch, example_id, 1 + response.shape[1])
-    ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * draws[:, 0]
-    hidden = response & (draws[:, 1:] < ratio[:, None])
+    if grid is None:
+        draws = uniform_draws(seed, epoch, example_id, 1 + response.shape[1])
+        t, draws = draws[:, 0], draws[:, 1:]
+    else:
+        t, draws = _draws_by_blocks(response, grid, seed, epoch, example_id)
+    ratio = MIN_MASK_RATIO + (1 - MIN_MASK_RATIO) * t
+    hidden = response & (draws < ratio.view(len(ratio), -1))
     return Masks(hidden, hidden, ratio, response.sum(dim=1))
+
+
+def blocks_of_columns(columns: torch.Tensor, grid: int | None) -> torch.Tensor:
+    """The numbers of the blocks that the columns of rows lie in; without a grid, there is one."""
+    return torch.zeros_like(columns) if grid is None else columns.div(grid, rounding_mode="floor")
+
+
+def _draws_by_blocks(response, grid, seed, epoch, example_id):
+    """A number for the block of each token and one for each token, (B, T) both. Two for each column are drawn, so that
+    no number depends on how wide the batch is."""
+    columns = torch.arange(response.shape[1], device=response.device)
+    draws = uniform_draws(seed, epoch, example_id, 2 * response.shape[1])
+    return draws[:, 1::2][:, blocks_of_columns(columns, grid) * grid], draws[:, 0::2]
 
 
 def draw_block(response: torch.Tensor, block_length: int, draw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +130,7 @@ def complementary_masks(
     block_length: int | None = None,
     mask_ratio: tuple[float, float] = (0.5, 0.5),
     unmasking_step: torch.LongTensor | None = None,
+    grid: int | None = None,
     *,
     seed: int,
     epoch: int,
@@ -116,7 +138,8 @@ def complementary_masks(
 ) -> Masks:
     """dParallel's two views of each example, which together score every token of a span once
     (https://arxiv.org/abs/2509.26488, section 3.3). The span is a random block, as in `block_masks`, or the whole
-    response.
+    response; with a grid, it is each block of the response, each with a ratio of its own, for a model that sees them
+    all at once (`block_streams.py`).
 
     The first view hides each token of the span with probability `mask_ratio`, the second one the others. With
     `unmasking_step` the views are states that the teacher's decoding went through (the trajectory order of d3LLM,
@@ -129,25 +152,29 @@ def complementary_masks(
         mask_ratio (`tuple[float, float]`): the range, in [0, 1], that each example's ratio is drawn from.
         unmasking_step (`torch.LongTensor` of shape `(B, T)`, *optional*): the teacher's pass that wrote each token, -1
             where none did (it then counts as the last).
+        grid (`int`, *optional*): as in `random_masks`; then `block_length` must be None.
 
     Returns:
         `Masks` of 2B rows, all first views and then all second ones.
     """
-    draws = uniform_draws(seed, epoch, example_id, 2 + response.shape[1])
+    if grid is not None and block_length is not None:
+        raise ValueError(f"`block_length={block_length!r}` is not allowed with `grid={grid!r}`: it must be None.")
     span, behind = response, torch.zeros_like(response)
-    if block_length is not None:
-        span, behind = draw_block(response, block_length, draws[:, 0])
+    if grid is None:
+        draws = uniform_draws(seed, epoch, example_id, 2 + response.shape[1])
+        if block_length is not None:
+            span, behind = draw_block(response, block_length, draws[:, 0])
+        t, draws = draws[:, 1], draws[:, 2:]
+    else:
+        t, draws = _draws_by_blocks(response, grid, seed, epoch, example_id)
     low, high = mask_ratio
-    ratio = low + (high - low) * draws[:, 1]
+    ratio = low + (high - low) * t
     if unmasking_step is None:
-        first = span & (draws[:, 2:] < ratio[:, None])
+        first = span & (draws < ratio.view(len(ratio), -1))
         hidden = (first, span & ~first)
     else:
-        never = torch.iinfo(unmasking_step.dtype).max
-        step = torch.where(unmasking_step < 0, never - 1, unmasking_step).masked_fill(~span, never)
-        place = step.argsort(dim=1, stable=True).argsort(dim=1)  # in the order of writing, the span's tokens first
-        length = span.sum(dim=1)
-        first = span & (place >= (length - (ratio * length).round())[:, None])
+        place, length = _places_in_order(unmasking_step, span, grid)
+        first = span & (place >= length - (ratio.view(len(ratio), -1) * length).round())
         hidden = (first, span)
     return Masks(
         hidden=torch.cat([view | behind for view in hidden]),
@@ -155,6 +182,19 @@ def complementary_masks(
         ratio=torch.cat((ratio, 1 - ratio)),
         span_length=span.sum(dim=1).repeat(2),
     )
+
+
+def _places_in_order(unmasking_step, span, grid):
+    """Of each token of the span its place in the order of writing, in its block or in all of it, and how many tokens
+    of the span there are, (B, T) both."""
+    block = blocks_of_columns(torch.arange(span.shape[1], device=span.device), grid)
+    never = torch.iinfo(unmasking_step.dtype).max
+    step = torch.where(unmasking_step < 0, never - 1, unmasking_step).masked_fill(~span, never)
+    order = step.argsort(dim=1, stable=True)
+    order = order.gather(1, block[order].argsort(dim=1, stable=True))  # by block, and in it by step
+    place = order.argsort(dim=1) - block * (grid or 0)
+    block = block.expand_as(span)
+    return place, torch.zeros_like(block).scatter_add(1, block, span.long()).gather(1, block)
 
 
 def gather_positions(masked: torch.BoolTensor, multiple: int = 8) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,13 +25,21 @@ def prepare_example(
     response_length: int | None,
     mask_token_id: int,
     name: str,
+    block_causal_length: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """A row of a dataset to `input_ids`, `prompt_length` and `example_id`. In a stream, where an index would differ
-    from worker to worker, the id is a hash of the tokens."""
+    from worker to worker, the id is a hash of the tokens. `limit`: tokens that the model can read."""
+    lengths = max_length, response_length, block_causal_length
     if {"input_ids", "prompt_length"} <= set(example):
-        row = lay_out_tokens(example, tokenizer.eos_token_id, max_length, response_length)
+        row = lay_out_tokens(example, tokenizer.eos_token_id, *lengths)
     else:
-        row = tokenize_example(example, tokenizer, max_length, response_length)
+        row = tokenize_example(example, tokenizer, *lengths)
+    if limit is not None and len(row["input_ids"]) > limit:
+        raise ValueError(
+            f"`{name}` has an example of {len(row['input_ids'])} tokens, but the model reads at most {limit} "
+            f"(`config.max_position_embeddings`): `max_length={max_length}` must be at most that."
+        )
     if mask_token_id in row["input_ids"]:
         raise ValueError(f"`{name}` has an example with the mask token, id {mask_token_id}: {example}.")
     if index is None:
@@ -56,9 +64,10 @@ def tokenize_example(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int | None = None,
     response_length: int | None = None,
+    block_causal_length: int | None = None,
 ) -> dict[str, Any]:
     """One row of a dataset to `input_ids` and `prompt_length`. The response ends with end-of-text, and is filled up
-    with it to `response_length` tokens, or to `max_length` for prompt and response; `text` is not filled up."""
+    with it, see `lay_out_tokens`; `text` is not filled up."""
     if "messages" in example:
         *prompt, answer = example["messages"]
         if answer["role"] != "assistant":
@@ -82,7 +91,7 @@ def tokenize_example(
     prompt = tokenizer(text["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
     response = [*tokenizer(text["completion"], add_special_tokens=False)["input_ids"], eos]
     row = {"input_ids": [*prompt, *response], "prompt_length": len(prompt)}
-    return lay_out_tokens(row, eos, max_length, response_length)
+    return lay_out_tokens(row, eos, max_length, response_length, block_causal_length)
 
 
 def tokenize_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,12 +128,21 @@ def _as_text(row, columns, tokenizer):
 
 
 def lay_out_tokens(
-    row: dict[str, Any], eos_token_id: int, max_length: int | None = None, response_length: int | None = None
+    row: dict[str, Any],
+    eos_token_id: int,
+    max_length: int | None = None,
+    response_length: int | None = None,
+    block_causal_length: int | None = None,
 ) -> dict[str, Any]:
-    """Cut `input_ids` to its lengths, and fill a response that ends with end-of-text up with it. `unmasking_step`, one
-    number for each response token, becomes one for each token, -1 where the teacher wrote nothing."""
+    """Cut `input_ids` to its lengths, and fill a response that ends with end-of-text up with it: to `response_length`
+    tokens; or else to `max_length` for prompt and response, or, for a block-causal model, which decodes no block
+    behind its end-of-text, to the end of the block. `unmasking_step`, one number for each response token, becomes one
+    for each token, -1 where the teacher wrote nothing."""
     ids, start = row["input_ids"], row["prompt_length"]
-    length = response_length or (max_length or 0) - start
+    width = max_length or 0
+    if block_causal_length is not None:
+        width = -(-len(ids) // block_causal_length) * block_causal_length
+    length = response_length or width - start
     fill = length - (len(ids) - start) if 0 < start < len(ids) and ids[-1] == eos_token_id else 0
     stop = start + response_length if response_length else None
     result = {"input_ids": [*ids, *[eos_token_id] * fill][:stop][:max_length], "prompt_length": start}

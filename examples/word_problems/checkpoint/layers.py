@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
@@ -27,7 +28,18 @@ from .triton_kernels import (
 # The attention of these models unless another is asked for: PyTorch's scaled dot products, and, where a pass computes
 # parts of rows against a `BlockCache`, the kernel. `attn_implementation="sdpa"` is PyTorch alone.
 BLOCK_SDPA = "block_sdpa"
-AttentionInterface.register(BLOCK_SDPA, sdpa_attention_forward)
+
+
+def block_sdpa(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """PyTorch's scaled dot products, or FlexAttention where the mask is one of that."""
+    is_plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
+    function = sdpa_attention_forward if is_plain else flex_attention_forward
+    return function(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(BLOCK_SDPA, block_sdpa)
 AttentionMaskInterface.register(BLOCK_SDPA, sdpa_mask)
 
 
@@ -100,6 +112,8 @@ def diffusion_mask(
         hidden_states (`torch.Tensor` of shape `(B, Q, D)`): input of the first layer.
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at keys that nothing may attend to. None if
             there are none: a mask is not searched for zeros, since that would be a wait for the device in every pass.
+            A mask that is not of this shape says all that there is to say: bool of shape `(B or 1, 1, Q, T)`, True
+            where a query may attend to a key, or what the attention implementation itself takes.
         position_ids (`torch.Tensor` of shape `(B, Q)` or `(1, Q)`): from the first token of each row.
         past_key_values (`Cache`, *optional*): tells how many keys there are. A `BlockCache` knows itself what is seen.
     """
@@ -107,7 +121,10 @@ def diffusion_mask(
         return None
     length, implementation, in_blocks = config.block_causal_length, config._attn_implementation, None
     is_sdpa = implementation in ("sdpa", BLOCK_SDPA)
-    if length is not None and (attention_mask is None or attention_mask.ndim == 2):
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        is_bool = isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool
+        return added_mask(~attention_mask, hidden_states.dtype) if is_bool else attention_mask
+    if length is not None:
         if past_key_values is not None or not (is_sdpa or implementation in ("eager", "flex_attention")):
             raise ValueError(
                 f"`attn_implementation={implementation!r}` or `past_key_values` of this kind cannot attend by blocks: "

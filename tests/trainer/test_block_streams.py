@@ -240,6 +240,29 @@ def test_it_learns_and_decodes(tmp_path, word_tokenizer, kind):
         assert found[: answer.index(EOS)] == answer[: answer.index(EOS)]
 
 
+@pytest.mark.parametrize("kind", TRAINERS)
+def test_micro_batches_and_interrupted_runs_end_alike(tmp_path, word_tokenizer, kind):
+    def weights(model):
+        return torch.cat([each.detach().flatten() for each in model.parameters()])
+
+    def trainer(name, **changes):
+        model = ALL_FAMILIES["dream"].small(block_causal_length=6)
+        settings = {"max_steps": 4, "learning_rate": 1e-2, "optim": "sgd", "save_strategy": "steps", "save_steps": 2}
+        dataset = Dataset.from_list(rows(10))
+        return make_trainer(tmp_path / str(name), word_tokenizer, kind, model, dataset, **(settings | changes))
+
+    found = []
+    for size in (10, 4, 1):
+        each = trainer(size, per_device_train_batch_size=size, gradient_accumulation_steps=-(-10 // size))
+        each.train()
+        found.append(weights(each.model))
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, atol=1e-6, rtol=1e-5)
+    resumed = trainer("resumed", per_device_train_batch_size=10)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "10" / "checkpoint-2"))
+    assert torch.equal(weights(resumed.model), found[0])
+
+
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [

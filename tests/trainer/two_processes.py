@@ -25,18 +25,21 @@ from tests.trainer.test_masked_diffusion_trainer import rows
 
 def train(family, output_dir, tokenizer):
     """Logs of short runs with a global batch of 8: on rows that are all there, on a stream of unequal lengths, and on
-    rows that the processes cannot share evenly at the end of each epoch, in one micro-batch and in two."""
+    rows that the processes cannot share evenly at the end of each epoch, in one micro-batch and in two, and of a
+    block-causal model."""
     world_size, curves = int(os.environ.get("WORLD_SIZE", "1")), []
     whole, ragged = Dataset.from_list(rows()), Dataset.from_list(rows(21))
-    for dataset, changes in (
-        (whole, {}),
-        (whole.to_iterable_dataset(), {"max_length": None, "response_length": 16}),
-        (ragged, {"optim": "sgd"}),
-        (ragged, {"optim": "sgd", "gradient_accumulation_steps": 2}),
+    for dataset, shape, changes in (
+        (whole, {}, {}),
+        (whole.to_iterable_dataset(), {}, {"max_length": None, "response_length": 16}),
+        (ragged, {}, {"optim": "sgd"}),
+        (ragged, {}, {"optim": "sgd", "gradient_accumulation_steps": 2}),
+        (ragged, {"block_causal_length": 4}, {"block_length": 4, "gradient_accumulation_steps": 2}),
     ):
         size = 8 // world_size // changes.get("gradient_accumulation_steps", 1)
         args = settings(output_dir, max_steps=6, learning_rate=1e-2, per_device_train_batch_size=size, **changes)
-        trainer = CertaintyForcingTrainer(family.small(), args, train_dataset=dataset, processing_class=tokenizer)
+        model = family.small(**shape)
+        trainer = CertaintyForcingTrainer(model, args, train_dataset=dataset, processing_class=tokenizer)
         trainer.train()
         names = ("loss", "trajectory_loss", "certainty_loss", "mean_entropy")
         curves.append([[entry[name] for name in names] for entry in trainer.state.log_history if "grad_norm" in entry])
@@ -64,22 +67,27 @@ def trajectories(family, output_dir, tokenizer):
 
 
 def shard(family, output_dir, tokenizer):
-    """Loss, gradients and decoded tokens of a model sharded by FSDP2, beside those of the whole model."""
-    whole, sharded = family.small(), family.small()
-    for block in sharded.get_submodule(family.blocks):
-        fully_shard(block)
-    fully_shard(sharded)
-    trainer = CertaintyForcingTrainer(
-        family.small(), settings(output_dir), train_dataset=Dataset.from_list(rows()), processing_class=tokenizer
-    )
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
-    losses = [trainer.compute_loss(model, batch) for model in (whole, sharded)]
-    for loss in losses:
-        loss.backward()
-    differences = [
-        (a.grad - b.grad.full_tensor()).abs().max().item()
-        for a, b in zip(whole.parameters(), sharded.parameters(), strict=True)
-    ]
+    """Loss, gradients and decoded tokens of a model sharded by FSDP2, block-causal or not, beside those of the whole
+    model."""
+    losses, differences = [], []
+    for shape, changes in ({"block_causal_length": 4}, {"block_length": 4}), ({}, {}):
+        whole, sharded = family.small(**shape), family.small(**shape)
+        for block in sharded.get_submodule(family.blocks):
+            fully_shard(block)
+        fully_shard(sharded)
+        trainer = CertaintyForcingTrainer(
+            family.small(**shape), settings(output_dir, **changes), train_dataset=Dataset.from_list(rows()),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+        pair = [trainer.compute_loss(model, batch) for model in (whole, sharded)]
+        for loss in pair:
+            loss.backward()
+        losses.append([loss.item() for loss in pair])
+        differences += [
+            (a.grad - b.grad.full_tensor()).abs().max().item()
+            for a, b in zip(whole.parameters(), sharded.parameters(), strict=True)
+        ]
     # Rows of different lengths: each process makes passes until both are done.
     rank = torch.distributed.get_rank()
     ids, length = batch["input_ids"][rank : rank + 1, :5], 8 + 8 * rank
@@ -94,7 +102,7 @@ def shard(family, output_dir, tokenizer):
     logits = [model.train()(ids).logits for model in (coarse, sharded)]
     logits[1].float().logsumexp(-1).mean().backward()
     return {
-        "losses": [loss.item() for loss in losses],
+        "losses": losses,
         "gradients": max(differences),
         "same_tokens": same,
         "bfloat16": (logits[0] - logits[1]).abs().max().item(),

@@ -28,11 +28,13 @@ class SDARConfig(Qwen3Config):
         block_size (`int`, defaults to 4): attention is causal between blocks of so many tokens, see `forward`. Alias
             `block_causal_length`, as the other families have it.
         mask_token_id (`int`, defaults to 151669): id of `[MASK]`.
+        logits_shift (`int`, defaults to 0): 1 in models that were made of an autoregressive one, where the logits at
+            i - 1 predict the token at i; no official file has it.
         kwargs: the other fields of `Qwen3Config`, and those of the official training code, which are kept.
 
     Raises:
-        ValueError: for heads that do not divide, a block length below 1, or for what no SDAR model has: attention in a
-            sliding window, biases, dropout, another activation.
+        ValueError: for heads that do not divide, a block length below 1, a shift other than 0 or 1, or for what no
+            SDAR model has: attention in a sliding window, biases, dropout, another activation.
     """
 
     model_type = "sdar"
@@ -44,6 +46,7 @@ class SDARConfig(Qwen3Config):
     num_key_value_heads: int | None = 8
     block_size: int | None = 4
     mask_token_id: int = 151669
+    logits_shift: int = 0
     eos_token_id: int | list[int] | None = 151643
     bos_token_id: int | None = 151643
     pad_token_id: int | None = 151643
@@ -57,6 +60,8 @@ class SDARConfig(Qwen3Config):
         }  # fmt: skip
         if self.block_size is not None and self.block_size < 1:
             raise ValueError(f"`block_size={self.block_size!r}` is not allowed: it must be an integer of at least 1.")
+        if self.logits_shift not in (0, 1):
+            raise ValueError(f"`logits_shift={self.logits_shift!r}` is not allowed: it must be 0 or 1.")
         fixed = {"use_sliding_window": False, "attention_bias": False, "hidden_act": "silu", "attention_dropout": 0.0}
         for name, value in fixed.items():
             if (given := getattr(self, name)) != value:
@@ -77,7 +82,10 @@ class SDARConfig(Qwen3Config):
 
     def to_dict(self) -> dict[str, Any]:
         """As transformers writes it, with the rotary settings under the names of the official files."""
-        return with_official_rotary(super().to_dict(), self.default_theta)
+        fields = with_official_rotary(super().to_dict(), self.default_theta)
+        if self.logits_shift == 0:  # as in the official files
+            del fields["logits_shift"]
+        return fields
 
 
 SDARConfig.register_for_auto_class()

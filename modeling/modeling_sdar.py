@@ -67,14 +67,15 @@ class SDARModel(SDARPreTrainedModel, DreamBaseModel):
 
 
 class SDARForCausalLM(LanguageModelMixin, DiffusionGenerationMixin, SDARPreTrainedModel):
-    """SDAR with its head and parallel `generate()`. The logits at position i predict the token at position i."""
+    """SDAR with its head and parallel `generate()`. The logits at position i predict the token at position i, or, with
+    `config.logits_shift=1`, the token at i + 1."""
 
-    logits_shift = 0
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: SDARConfig):
         super().__init__(config)
+        self.logits_shift = config.logits_shift
         self.model = SDARModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()

@@ -16,6 +16,7 @@ with needs_extra("train"):
         record_oracle,
         split_by_prompt,
     )
+    from .from_autoregressive import from_autoregressive
     from .masked_diffusion_config import MaskedDiffusionConfig
     from .masked_diffusion_trainer import DataCollatorForMaskedDiffusion, MaskedDiffusionTrainer
     from .trajectories import generate_trajectories
@@ -31,6 +32,7 @@ __all__ = [
     "MaskedDiffusionTrainer",
     "__version__",
     "acceptance_rates",
+    "from_autoregressive",
     "generate_trajectories",
     "last_complete_checkpoint",
     "oracle_passes",

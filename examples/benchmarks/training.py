@@ -3,8 +3,9 @@ what the hardware allows.
 
 A step is forward, backward and optimizer for LoRA of rank 128 on q, k, v and up, as published, sequences of 384
 tokens, both complementary views. The plain step does it as research code does: one view after the other, logits of the
-whole sequence, losses on those. Each row is a process of its own, so that memory is its own. Prints a table and writes
-JSON.
+whole sequence, losses on those. "All blocks" is the same model made block-causal, which learns every block of a
+sequence in one step instead of one of them. Each row is a process of its own, so that memory is its own. Prints a
+table and writes JSON.
 
 The first command needs a GPU of 80 GB, for LLaDA-8B's shape with random weights; the second, with the small example
 model `examples/word_problems/checkpoint`, takes two minutes on a CPU.
@@ -39,7 +40,7 @@ from dparallel.trainer.masking import complementary_masks
 PROMPT_LENGTH, BLOCK_LENGTH = 128, 32
 KINDS = (
     "plain", "trainer", "trainer, blocks compiled", "trainer, model captured", "trainer, checkpointing",
-    "trainer, blocks compiled, checkpointing",
+    "trainer, blocks compiled, checkpointing", "trainer, all blocks", "trainer, all blocks, blocks compiled",
 )  # fmt: skip
 
 
@@ -130,7 +131,8 @@ def build_trainer(model, rows, output_dir, micro_batch, peft_config, prompt_leng
 
 def trainer_steps(model, rows, arguments, output_dir):
     """Seconds of each step."""
-    blocks, captured, checkpointing = (word in arguments.kind for word in ("blocks", "captured", "checkpointing"))
+    words = ("blocks compiled", "captured", "checkpointing")
+    blocks, captured, checkpointing = (word in arguments.kind for word in words)
     if blocks:
         os.environ["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] = "true"  # one block, not 32
     trainer, stopwatch = build_trainer(
@@ -157,9 +159,17 @@ def floor(model, ceilings, arguments):
     weights = sum(parameter.numel() for parameter in model.parameters()) - head
     weights -= 0 if config.weight_tying else model.get_input_embeddings().weight.numel()
     tokens = 2 * arguments.micro_batch * arguments.length
+    if config.block_causal_length is not None:  # the sequence once, and of each view what is learned
+        tokens = arguments.micro_batch * (3 * arguments.length - 2 * PROMPT_LENGTH)
     forward = 2 * tokens * weights + 4 * tokens * arguments.length * config.d_model * config.n_layers
-    forward += 2 * arguments.micro_batch * BLOCK_LENGTH * head
+    forward += 2 * labelled_tokens(arguments) * head
     return 2 * forward / ceilings["operations_per_second"]
+
+
+def labelled_tokens(arguments):
+    """How many tokens a step learns, in one of the two views each."""
+    learned = arguments.length - PROMPT_LENGTH if "all blocks" in arguments.kind else BLOCK_LENGTH
+    return arguments.micro_batch * learned
 
 
 def measure(arguments):
@@ -168,9 +178,11 @@ def measure(arguments):
     ceilings = measure_ceilings(device)
     model = load(arguments.shape, device)
     model.config.use_cache = False
+    model.config.block_causal_length = BLOCK_LENGTH if "all blocks" in arguments.kind else None
     count = arguments.micro_batch * (arguments.warm_up + arguments.steps)
     rows = random_rows(model.config, count, arguments.length)
     row = {"kind": arguments.kind, "micro_batch": arguments.micro_batch, "floor": floor(model, ceilings, arguments)}
+    row["labelled_tokens"] = labelled_tokens(arguments)
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -232,8 +244,8 @@ def main():
     results |= {"length": arguments.length, "rows": []}
     print(f"{results['hardware']}, {results['threads']} threads, {results['versions']}, ", end="")
     print(f"{results['date']}: {arguments.shape}, LoRA of rank {arguments.rank}, {arguments.length} tokens\n")
-    print("| micro-batch | step | ms | floor | times the plain step | GiB |")
-    print("| --- " * 6 + "|", flush=True)
+    print("| micro-batch | step | ms | floor | times the plain step | labelled tokens/s | GiB |")
+    print("| --- " * 7 + "|", flush=True)
     for micro_batch in arguments.micro_batches or ([2] if is_example else [1, 2, 4, 8]):
         plain = None
         for kind in arguments.kinds:
@@ -249,6 +261,7 @@ def main():
             print(
                 f"| {micro_batch} | {kind} | {'out of memory' if taken is None else f'{1000 * taken:.0f}'} | "
                 f"{1000 * row['floor']:.0f} | {f'{plain / taken:.1f}' if plain and taken else ''} | "
+                f"{'' if taken is None else round(row['labelled_tokens'] / taken)} | "
                 f"{'' if memory is None else f'{memory:.1f}'} |",
                 flush=True,
             )

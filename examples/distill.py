@@ -29,8 +29,9 @@ from generate_trajectories import (
     parse_arguments,
     teacher_trajectories,
 )
-from transformers import AutoTokenizer, IntervalStrategy
+from transformers import AutoTokenizer, IntervalStrategy, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
+from transformers.trainer import TRAINER_STATE_NAME
 from trl import ModelConfig, get_peft_config
 
 from dparallel.hub_cards import merge_adapter
@@ -98,6 +99,11 @@ def check_eval_size(arguments, rows):
         )
 
 
+def step_of(checkpoint):
+    """The number of steps that a checkpoint has made."""
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
 def main():
     arguments, config, model_arguments = parse_arguments(
         __doc__, DistillArguments, CertaintyForcingConfig, ModelConfig
@@ -141,10 +147,14 @@ def main():
         print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
     with plain_errors(ValueError):
         trainer.train(resume_from_checkpoint=checkpoint)
+    merged = Path(config.output_dir) / "merged"
+    if checkpoint and step_of(checkpoint) == trainer.state.global_step and (merged / "config.json").exists():
+        if trainer.accelerator.is_main_process:  # a threshold may have been calibrated since
+            print(f"The training had ended before: {merged} is left as it is.")
+        return
     if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
         print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
 
-    merged = Path(config.output_dir) / "merged"
     trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
     unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
     if model_arguments.use_peft and trainer.accelerator.is_main_process:
@@ -155,7 +165,7 @@ def main():
     if trainer.accelerator.is_main_process:
         print(
             f"In {merged}: the distilled model. Next, to evaluate it: accelerate launch "
-            f"examples/gsm8k/evaluate_gsm8k.py --model {merged}"
+            f"examples/gsm8k/evaluate_gsm8k.py --model {merged} --output_dir {Path(config.output_dir) / 'gsm8k'}"
         )
 
 

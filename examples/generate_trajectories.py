@@ -7,6 +7,7 @@ After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_tra
         --trajectories_dir runs/gsm8k_trajectories --judge examples/judges.py:final_number
 """
 
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -84,9 +85,11 @@ class TrajectoryArguments(PromptArguments):
 
 def parse_arguments(documentation, *kinds):
     """One instance of each of these dataclasses, from flags and from the file that `--config` names; `--help` shows
-    the docstring of the command's module, too."""
+    the docstring of the command's module, too. `--model`, as it is called in other commands, is TRL's
+    `--model_name_or_path`."""
+    words = [f"--model_name_or_path{word[7:]}" if word.split("=")[0] == "--model" else word for word in sys.argv[1:]]
     with plain_errors(ValueError, OSError, YAMLError):
-        return TrlParser(kinds, **help_of(documentation)).parse_args_and_config()
+        return TrlParser(kinds, **help_of(documentation)).parse_args_and_config(words)
 
 
 def load_rows(arguments):

@@ -86,6 +86,8 @@ def push_model(
         PermissionError, RuntimeError: see `upload`.
     """
     card = _check_card(model_card, card, dry_run is not None)
+    for path in results:
+        load_measurements(path)  # a wrong one is refused now, and not after the model has been written
     with staging_folder(repo_id, dry_run) as folder:
         _stage(model, folder, tokenizer, merge, base_model, results, training, repo_id)
         is_whole = not (folder / "adapter_config.json").exists()  # an adapter's base model may be anywhere
@@ -131,18 +133,19 @@ def _named_where_of_others(entry, names):
     return {**entry, "model": measured}
 
 
-def _warn_of_other_decoding(entry, generation):
-    """Numbers "as saved with the model" are of the settings that it was saved with when it was measured."""
+def _with_own_decoding(entry, generation):
+    """A measurement of a model as it was saved, which names its settings where the model is saved with others now."""
     resolved = entry.get("resolved_decoding") or {}
     names = [name for name in ("unmasking", "threshold", "steps") if generation.get(name) is not None]
     changed = [name for name in names if name in resolved and resolved[name] != generation[name]]
     if entry.get("model") or entry.get("decoding") or not changed:
-        return
+        return entry
     then, now = ({name: values[name] for name in changed} for values in (resolved, generation))
     logger.warning(
         f"`results` holds numbers of {entry['task']} with {then}, as the model was saved when it was measured; now it "
-        f"is saved with {now}. Measure it again."
+        f"is saved with {now}. The card names the former. Measure it again."
     )
+    return {**entry, "decoding": {name: resolved[name] for name in names if name in resolved}}
 
 
 def _stage(model, folder, tokenizer, merge, base_model, results, training, repo_id):
@@ -184,9 +187,7 @@ def _stage(model, folder, tokenizer, merge, base_model, results, training, repo_
         entries = [_named_where_of_others(entry, names) for each in load for entry in each["measurements"]]
         generation = folder / "generation_config.json"  # an adapter has none
         saved = json.loads(generation.read_text(encoding="utf-8")) if generation.exists() else {}
-        for entry in entries:
-            _warn_of_other_decoding(entry, saved)
-        merged = {"measurements": entries}
+        merged = {"measurements": [_with_own_decoding(entry, saved) for entry in entries]}
         (folder / RESULTS_FILE).write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
     if training is not None:
         shutil.copy(training, folder / TRAINING_FILE)

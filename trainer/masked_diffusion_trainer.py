@@ -429,6 +429,10 @@ class MaskedDiffusionTrainer(Trainer):
 
         What a stream has left at its end for less than a step goes into the first step of the next epoch; of a stream
         it is not known which rows its last batch repeats."""
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # a finished run was resumed: Trainer would make a step more
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches - len(self._unfinished_step), device)
         batches = [*self._unfinished_step, *batches]
         if len(batches) < num_batches:

@@ -82,6 +82,11 @@ def calibrate(
     return chosen, [*points, *fast]
 
 
+def bar_of(points: list[Measurement], bar: float | None) -> float:
+    """The accuracy of one token a pass, by `calibrate`'s argument or its first measurement."""
+    return points[0].accuracy if bar is None else bar
+
+
 def difference_to_slow(
     output_dir: str | Path, chosen: Measurement, points: list[Measurement], bar: float | None = None
 ) -> Difference:
@@ -160,7 +165,13 @@ def main() -> None:
         write_measurements(points, arguments.output_dir / RESULTS_FILE)
         print(f"{to_table(points)}\n\nIn {arguments.output_dir}: results.json, and all answers.")
         if chosen is None:
-            raise ValueError(f"`margin={arguments.margin!r}`: no threshold is that accurate; nothing was written.")
+            best = max(point.accuracy for point in points if "threshold" in point.decoding)
+            wanted = bar_of(points, arguments.bar) - arguments.margin
+            raise ValueError(
+                f"No threshold was accurate enough, so nothing was written: the best has {100 * best:.1f}%, "
+                f"and {100 * wanted:.1f}% is wanted with `margin={arguments.margin!r}`. "
+                f"Try stricter `--thresholds`, a larger `--margin`, or more problems (`--limit`)."
+            )
         difference = difference_to_slow(arguments.output_dir, chosen, points, arguments.bar)
         against = "one token a pass" if arguments.bar is None else f"the bar of {100 * arguments.bar:g}%"
         how = "95% interval, paired" if arguments.bar is None else "95% interval of this sample"

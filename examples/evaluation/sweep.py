@@ -200,8 +200,9 @@ def main() -> None:
         print(report)
         print(
             f"In {folder}: results.json, sweep.md and sweep.png. Next, to save the fastest threshold that is accurate "
-            f"enough: python -m dparallel.evaluation.calibrate --task {arguments.task} --model {arguments.model}"
-            f"{in_words(arguments, 'data')}"
+            f"enough on problems that you do not report: python -m dparallel.evaluation.calibrate "
+            f"--task {arguments.task} --model {arguments.model}{in_words(arguments, 'data', 'limit')} "
+            f"--split {'validation' if 'validation' in task.files else 'train'}"
         )
 
 

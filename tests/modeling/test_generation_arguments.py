@@ -1,5 +1,6 @@
 """What `generate()` refuses by name, what it says, and what it takes from callers that know nothing of diffusion."""
 
+import copy
 import itertools
 import logging
 import warnings
@@ -21,7 +22,7 @@ from transformers.generation import (
     TopKLogitsWarper,
 )
 
-from dparallel.modeling import POLICIES
+from dparallel.modeling import POLICIES, DiffusionGenerationConfig
 from dparallel.modeling.generation_config_diffusion import (
     HONOURED_FIELDS,
     NEUTRAL_FIELDS,
@@ -250,3 +251,27 @@ def test_exported_for_any_length(family):
     for length in (5, 64, 65, 200):
         ids = torch.randint(0, 47, (2, length))
         torch.testing.assert_close(program.module()(input_ids=ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_number_without_its_policy_is_asked_about(model, caplog):
+    """Where the model was saved with another policy than the default, which a number alone does not say."""
+    model = copy.deepcopy(model)
+    model.generation_config.update(unmasking="entropy_bound", threshold=0.1)
+    prompt, number = torch.tensor([[5, 6, 7]]), len(type(model).__name__) / 64  # what was said once is not said again
+    with caplog.at_level("WARNING"):
+        model.generate(prompt, max_new_tokens=8, threshold=0.2, unmasking="entropy_bound")
+        assert "name the one you mean" not in caplog.text
+        model.generate(prompt, max_new_tokens=8, threshold=number)
+    assert f"`threshold={number}` is taken as one of `unmasking='entropy_bound'`" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "message"), [("gen_length", "it must be `max_new_tokens`"), ("unmask", "a typo")])
+def test_names_in_a_configuration_are_looked_at_too(model, name, message):
+    config = DiffusionGenerationConfig(**{name: 16})
+    with pytest.raises(ValueError, match=f"`{name}` is not an argument.*{message}"):
+        model.generate(torch.tensor([[5, 6, 7]]), generation_config=config)
+
+
+def test_a_length_that_is_text_is_refused(model):
+    with pytest.raises(ValueError, match="`max_new_tokens='64'` is not allowed: it must be an integer"):
+        model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens="64")

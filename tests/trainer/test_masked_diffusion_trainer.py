@@ -436,6 +436,16 @@ def test_an_interrupted_run_ends_like_an_unbroken_one(tmp_path, word_tokenizer, 
     assert torch.equal(unbroken, resumed)
 
 
+def test_a_run_that_has_ended_makes_no_step_more(tmp_path, word_tokenizer, make_trainer):
+    """Also where its last step lies inside an epoch."""
+    options = {"max_steps": 7, "learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 7}
+    expected = weights_after(make_trainer(tmp_path, word_tokenizer, lr_scheduler_type="constant", **options))
+    trainer = make_trainer(tmp_path, word_tokenizer, lr_scheduler_type="constant", **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 7 and [each.name for each in tmp_path.glob("checkpoint-*")] == ["checkpoint-7"]
+    assert torch.equal(expected, torch.cat([each.detach().flatten() for each in trainer.model.parameters()]))
+
+
 OTHER_SETTINGS = [
     ({"learning_rate": 1e-4}, "`learning_rate` was 0.001, is 0.0001"),
     ({"lr_scheduler_type": "cosine"}, "`lr_scheduler_type` was 'linear', is 'cosine'"),

@@ -151,7 +151,10 @@ class BatchGenerationMixin(GenerationMixin):
         else:
             width, slots = max_length or config.max_length, max_batch_size
             require(
-                width is not None, "max_length", None, "given where `inputs` is no list: rows of that length are made"
+                width is not None,
+                "max_length",
+                None,
+                "the tokens of the longest prompt with its answer, where `inputs` is no list",
             )
             prompts = _checked(inputs, make)
         return self._answer(

@@ -35,7 +35,13 @@ from .captured_step import prepare_captured_steps
 from .decoding_loop import DecodingLoop, Prompt
 from .draws import draw_seed
 from .generation_batch import BatchGenerationMixin, process_row_by_row
-from .generation_config_diffusion import DEFAULTS, DiffusionGenerationConfig, refuse_argument, require
+from .generation_config_diffusion import (
+    DEFAULTS,
+    NEUTRAL_FIELDS,
+    DiffusionGenerationConfig,
+    refuse_argument,
+    require,
+)
 from .generation_inputs import (
     Limits,
     answer_length,
@@ -186,6 +192,16 @@ class DiffusionGenerationMixin(BatchGenerationMixin):
         ok = generation_config is None or isinstance(generation_config, GenerationConfig)
         require(ok, "generation_config", generation_config, "a GenerationConfig (arguments may be given by name, too)")
         given = {} if generation_config is None else generation_config.to_dict()
+        for name, value in given.items():
+            if name not in fields and name not in NEUTRAL_FIELDS and value is not None:
+                refuse_argument(name)
+        saved = getattr(self.generation_config, "unmasking", None)
+        has_policy = any(layer.get("unmasking") is not None for layer in (given, arguments))
+        if arguments.get("threshold") is not None and not has_policy and saved not in (None, defaults["unmasking"]):
+            logger.warning_once(
+                f"`threshold={arguments['threshold']!r}` is taken as one of `unmasking={saved!r}`, the policy that "
+                f"the model was saved with: numbers mean something else to each policy, so name the one you mean."
+            )
         for layer in (self.generation_config.to_dict(), given, arguments):
             layer = {name: value for name, value in layer.items() if value is not None}
             # A number belongs to the policy that it was given for, and one length replaces the other.

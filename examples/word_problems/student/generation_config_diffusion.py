@@ -222,7 +222,6 @@ class DiffusionGenerationConfig(GenerationConfig):
         return {name: why for name, is_ignored, why in table if is_ignored}
 
     def validate(self, *args: Any, **kwargs: Any) -> None:
-        super().validate(*args, **kwargs)
         positive = (
             "block_length",
             "steps",
@@ -236,6 +235,7 @@ class DiffusionGenerationConfig(GenerationConfig):
         ):  # fmt: skip
             value = getattr(self, name)
             require(value is None or _is_int(value, low), name, value, f"an integer of at least {low}")
+        super().validate(*args, **kwargs)
         choices: dict[str, Any] = {"unmasking": POLICIES, "schedule": SCHEDULES, "block_cache": BLOCK_CACHES}
         flags = ("stop_at_eos", "do_sample", "return_dict_in_generate", "disable_compile")
         choices |= {"cache_refresh": CACHE_REFRESHES} | dict.fromkeys(flags, (True, False))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from generate_trajectories import (
+    ModelArguments,
     PromptArguments,
     as_prompts,
     init_kwargs,
@@ -32,7 +33,7 @@ from generate_trajectories import (
 from transformers import AutoTokenizer, IntervalStrategy, TrainerState
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled, unset_hf_deepspeed_config
 from transformers.trainer import TRAINER_STATE_NAME
-from trl import ModelConfig, get_peft_config
+from trl import get_peft_config
 
 from dparallel.hub_cards import merge_adapter
 from dparallel.hub_cards.command_line import plain_errors
@@ -106,7 +107,7 @@ def step_of(checkpoint):
 
 def main():
     arguments, config, model_arguments = parse_arguments(
-        __doc__, DistillArguments, CertaintyForcingConfig, ModelConfig
+        __doc__, DistillArguments, CertaintyForcingConfig, ModelArguments
     )
     PartialState(cpu=not torch.cuda.is_available())
     with plain_errors(ValueError, OSError):

@@ -7,7 +7,6 @@ After a kill, the same command goes on. `datasets.load_from_disk("runs/gsm8k_tra
         --trajectories_dir runs/gsm8k_trajectories --judge examples/judges.py:final_number
 """
 
-import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,15 @@ from dparallel.hub_cards.command_line import help_of, plain_errors
 from dparallel.hub_cards.hub_ids import is_hub_id
 from dparallel.modeling import POLICIES
 from dparallel.trainer import generate_trajectories
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's, whose model can be called as it is in the other commands."""
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the model.", "aliases": ["--model"]}
+    )
 
 
 @dataclass
@@ -85,11 +93,9 @@ class TrajectoryArguments(PromptArguments):
 
 def parse_arguments(documentation, *kinds):
     """One instance of each of these dataclasses, from flags and from the file that `--config` names; `--help` shows
-    the docstring of the command's module, too. `--model`, as it is called in other commands, is TRL's
-    `--model_name_or_path`."""
-    words = [f"--model_name_or_path{word[7:]}" if word.split("=")[0] == "--model" else word for word in sys.argv[1:]]
+    the docstring of the command's module, too."""
     with plain_errors(ValueError, OSError, YAMLError):
-        return TrlParser(kinds, **help_of(documentation)).parse_args_and_config(words)
+        return TrlParser(kinds, **help_of(documentation)).parse_args_and_config()
 
 
 def load_rows(arguments):
@@ -170,7 +176,7 @@ def teacher_trajectories(arguments, model_arguments, prompts, judge, batch_size,
 
 
 def main():
-    arguments, model_arguments = parse_arguments(__doc__, TrajectoryArguments, ModelConfig)
+    arguments, model_arguments = parse_arguments(__doc__, TrajectoryArguments, ModelArguments)
     # Processes wait for the one that decodes longest.
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=1))
     with plain_errors(ValueError, OSError):

@@ -1,9 +1,11 @@
 """What each block cache and each way of refreshing it costs in accuracy, and saves in time, on word problems.
 
 The two example models, a teacher and its distilled student, decode in bfloat16 on a GPU, all 128 tokens unless an
-answer ends before. Prints a table and writes JSON. The 5,000 held-out problems are for a GPU, 16 for a try on a CPU.
+answer ends before. A block-causal model, whose cache is exact, stands beside them if there is one: what
+`train.py --block_causal true` makes. Prints a table and writes JSON. The 5,000 held-out problems are for a GPU, 16 for
+a try on a CPU.
 
-    python examples/word_problems/caches.py
+    python examples/word_problems/caches.py --block_causal runs/block_causal
     python examples/word_problems/caches.py --problems 16
 """
 
@@ -13,7 +15,7 @@ from pathlib import Path
 
 import torch
 from problems import NUM_TEST_PROBLEMS, TEST_SEED, generate_problems
-from solving import evaluate, load_model
+from solving import ANSWER_LENGTH, evaluate, load_model
 from transformers import AutoTokenizer
 
 from dparallel.hub_cards import here_and_now
@@ -21,9 +23,12 @@ from dparallel.hub_cards.command_line import CommandParser
 from dparallel.hub_cards.measurements import paired_difference
 
 HERE = Path(__file__).parent
+MODELS = {"teacher": HERE / "checkpoint", "student": HERE / "student"}
 DECODINGS = {
     "teacher": {"unmasking": "confidence_threshold", "threshold": 0.95},
     "student": {"unmasking": "entropy_threshold", "threshold": 0.1},
+    "block-causal": {"unmasking": "confidence_threshold", "threshold": 0.95},
+    "block-causal, one token a pass": {"unmasking": "confidence", "steps": ANSWER_LENGTH},
 }
 CACHES = {
     "none": {},
@@ -35,6 +40,7 @@ CACHES = {
     "dual, every pass": {"block_cache": "dual", "cache_refresh_interval": 1},
     "dual, previous block": {"block_cache": "dual", "cache_refresh": "previous_block"},
 }
+EXACT = {"none": {"block_cache": "none"}, "exact": {"block_cache": "exact"}}
 
 
 def main():
@@ -45,6 +51,7 @@ def main():
         type=int,
         help="number of problems that are solved at a time (default: 512 on a GPU, 8 on a CPU)",
     )
+    parser.add_argument("--block_causal", type=Path, help="folder of a block-causal model (default: none is measured)")
     parser.add_argument("--output", type=Path, default=Path("caches.json"), help="file for every row of the table")
     arguments = parser.parse_args()
     if not 2 <= arguments.problems <= NUM_TEST_PROBLEMS:
@@ -57,11 +64,13 @@ def main():
     print("| model | cache, refreshed | NFE | seconds | accuracy % | against none, in points (95% interval, paired) |")
     print("| --- " * 6 + "|", flush=True)
     for name, decoding in DECODINGS.items():
-        path = HERE / {"teacher": "checkpoint", "student": "student"}[name]
+        path = MODELS.get(name, arguments.block_causal)
+        if path is None:
+            continue
         model = load_model(path)
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         exact = None
-        for cache, settings in CACHES.items():
+        for cache, settings in (CACHES if name in MODELS else EXACT).items():
             evaluate(model, tokenizer, problems[:batch_size], "warm-up", batch_size, **decoding, **settings)
             result = evaluate(model, tokenizer, problems, cache, batch_size, **decoding, **settings)
             exact = result if exact is None else exact

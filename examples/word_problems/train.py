@@ -1,6 +1,8 @@
 """Train the example model of word problems from scratch: a LLaDA of 5 million parameters.
 
-With the defaults this takes nine minutes on one H200. Any field of `MaskedDiffusionConfig` is a flag. The test
+With the defaults this takes nine minutes on one H200. Any field of `MaskedDiffusionConfig` is a flag. With
+`--block_causal true`, attention is causal between the blocks that the model decodes, all blocks of an answer are
+learned at once, and answers are filled up to the end of a block instead of to the longest answer's length. The test
 problems are not used here; `examples/quickstart.py --model runs/word_problems --problems 5000` measures on them. The
 second command is a try on a CPU.
 
@@ -28,6 +30,9 @@ from dparallel.trainer import MaskedDiffusionConfig, MaskedDiffusionTrainer
 class Arguments:
     num_train_problems: int = field(default=1_000_000, metadata={"help": "Number of generated training problems."})
     num_validation_problems: int = field(default=1000, metadata={"help": "Number of validation problems."})
+    block_causal: bool = field(
+        default=False, metadata={"help": "Let attention be causal between blocks of `block_length` tokens."}
+    )
 
 
 DEFAULTS = {  # of this model, instead of the trainer's own
@@ -66,6 +71,8 @@ def main():
     parser.set_defaults(**DEFAULTS)
     arguments, config = parser.parse_args_into_dataclasses()
     set_seed(config.seed)
+    if arguments.block_causal and config.response_length == ANSWER_LENGTH:
+        config.response_length = None
     tokenizer = build_tokenizer()
     model = LLaDAModelLM(
         LLaDAConfig(
@@ -79,6 +86,7 @@ def main():
             mask_token_id=tokenizer.mask_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            block_causal_length=config.block_length if arguments.block_causal else None,
         )
     )
     model.generation_config = DiffusionGenerationConfig(

@@ -16,7 +16,7 @@ import pytest
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from trl import ModelConfig, TrlParser
 
 from dparallel.hub_cards import load_measurements, push_dataset
@@ -72,11 +72,14 @@ def test_quickstart_refuses_wrong_numbers(count, tmp_path):
 
 
 @pytest.mark.journey
-def test_training_script_makes_a_checkpoint_that_loads(tmp_path):
+@pytest.mark.parametrize("block_causal", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_training_script_makes_a_checkpoint_that_loads(tmp_path, block_causal):
     flags = "--num_train_problems 64 --num_validation_problems 2 --max_steps 2 --per_device_train_batch_size 4".split()
     flags += "--dataloader_num_workers 0 --logging_steps 1 --warmup_steps 1 --use_cpu true --output_dir out".split()
-    result = call("word_problems/train.py", *flags, cwd=tmp_path)
+    result = call("word_problems/train.py", *flags, "--block_causal", block_causal, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.block_causal_length == (32 if block_causal else None)
     assert "validation accuracy at one token a step: 0.000" in result.stdout
     assert result.stdout.splitlines()[-1].startswith("In out: the model. Next, to measure it")
     assert (tmp_path / "out" / "model.safetensors").stat().st_size < 12e6

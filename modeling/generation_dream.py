@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0; dparallel 0.2.0
 """`diffusion_generate()` as Dream's users know it ("Dream 7B", https://arxiv.org/abs/2508.15487)."""
 
+import copy
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
-from .generation_config_diffusion import is_number, require
+from .generation_config_diffusion import DiffusionGenerationConfig, is_number, require
 from .generation_diffusion import DiffusionGenerationMixin, DiffusionGenerationOutput
 
 # `alg` of the official `diffusion_generate`, as policy and schedule.
@@ -97,6 +98,10 @@ class DreamGenerationMixin(DiffusionGenerationMixin):
             official.update({name: layer[name] for name in official if layer.get(name) is not None})
         official.update({name: kwargs.pop(name) for name in OFFICIAL_DEFAULTS if kwargs.get(name) is not None})
         kwargs = {name: value for name, value in kwargs.items() if name not in official}
+        if generation_config is not None:  # whose official names mean nothing to `generate()`
+            generation_config = copy.deepcopy(generation_config)
+            for name in official.keys() - DiffusionGenerationConfig().to_dict().keys():
+                vars(generation_config).pop(name, None)
         alg, temperature = official["alg"], official["temperature"]
         require(alg in ALGORITHMS, "alg", alg, f"one of {', '.join(map(repr, ALGORITHMS))}")
         for name in ("alg_temp", "temperature"):

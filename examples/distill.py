@@ -149,7 +149,8 @@ def main():
     with plain_errors(ValueError):
         trainer.train(resume_from_checkpoint=checkpoint)
     merged = Path(config.output_dir) / "merged"
-    if checkpoint and step_of(checkpoint) == trainer.state.global_step and (merged / "config.json").exists():
+    is_merged = all((merged / name).exists() for name in ("config.json", "tokenizer_config.json"))
+    if checkpoint and step_of(checkpoint) == trainer.state.global_step and is_merged:
         if trainer.accelerator.is_main_process:  # a threshold may have been calibrated since
             print(f"The training had ended before: {merged} is left as it is.")
         return

@@ -129,7 +129,8 @@ class Canvas:
             most = Shape(shape[0], self.width, 0, self.slots * self.width * 9 // 8 + 64, 1)
             numbers += 2 * most.tokens + 5 * most.tiles
         self.numbers, self._report = new(numbers), new(len(Report._fields) * shape[0])
-        # On the host, from where the device copies while the host goes on. Each is written once between two looks.
+        # On the host, from where the device copies while the host goes on. Each is written once between two looks;
+        # of the numbers there are two, for the two plans that may be sent.
         is_pinned = layout.device.type == "cuda"
         self._host_numbers = [torch.zeros(numbers, dtype=torch.long, pin_memory=is_pinned) for _ in range(2)]
         # The state of new rows, and behind it their slots.

@@ -260,7 +260,7 @@ class DecodingLoop:
         3. Exchange, while the device makes the pass: rows that ended before it leave their slots, and the next prompts
            take them, to join in the pass after. Answers are yielded here, too, so that what is done with them takes no
            time of the device. Where the pass before completed nothing, the next one is planned as it will be if this
-           one completes nothing, either.
+           one completes nothing, either; else it is planned when its turn comes.
         4. Look: the host learns what is decided, and what has ended.
         5. Settle: the rows' state follows.
         6. Stop: criteria and time end rows.

@@ -21,7 +21,8 @@ FLEX_ATTENTION = ("block_sdpa", "flex_attention")  # implementations that take m
 
 class Streams(NamedTuple):
     """Arguments of the model's `forward`: `input_ids` (B, S), `position_ids` (1, S), `attention_mask`, which is bool
-    (B or 1, 1, S, S) or a `BlockMask`, and `logits_to_keep` (B, V * M): of each row those of its first view first."""
+    (B or 1, 1, S, S) or a `BlockMask`, and `logits_to_keep` (B, V * M), places in the streams, in each row those of
+    its first view first."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor

@@ -71,8 +71,10 @@ def from_autoregressive(
     vocab_size = model.config.vocab_size
     if len(tokenizer) > vocab_size:
         raise ValueError(f"`tokenizer` has {len(tokenizer)} tokens, but `model` has embeddings of only {vocab_size}.")
-    mask_token_id = _set_mask_token(tokenizer, mask_token, vocab_size)
+    mask_token_id = _set_mask_token(tokenizer, mask_token, vocab_size, _ids_with_a_role(model))
     fields = {name: getattr(model.config, name) for name in KEPT}
+    if fields["pad_token_id"] is not None and fields["pad_token_id"] < 0:  # as old files say that there is none
+        fields["pad_token_id"] = None
     fields |= {"mask_token_id": mask_token_id, "block_causal_length": block_length}
     if config_class is SDARConfig:
         fields |= {"head_dim": model.config.head_dim, "logits_shift": 1}
@@ -80,9 +82,10 @@ def from_autoregressive(
     _copy_weights(model, result)
     if mask_token_id >= vocab_size:
         result.resize_token_embeddings(mask_token_id + 1, mean_resizing=False)
-        with torch.no_grad():  # between all tokens: so little is learned of where it begins
-            for rows in {result.get_input_embeddings().weight, result.get_output_embeddings().weight}:
-                rows[vocab_size:] = rows[:vocab_size].float().mean(dim=0).to(rows.dtype)
+    with torch.no_grad():
+        for rows in {result.get_input_embeddings().weight, result.get_output_embeddings().weight}:
+            if mask_token_id >= vocab_size or not rows[mask_token_id].any():  # a norm cannot begin with zeros
+                rows[mask_token_id] = rows[:vocab_size].float().mean(dim=0).to(rows.dtype)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(model.generation_config, name, None)
         setattr(result.generation_config, name, getattr(result.config, name) if value is None else value)
@@ -128,22 +131,33 @@ def _copy_weights(model, result):
     result.load_state_dict({**found, **zeros})
 
 
-def _set_mask_token(tokenizer, mask_token, vocab_size) -> int:
+def _ids_with_a_role(model) -> set[int]:
+    """Tokens that the model's configurations name, as a second end-of-text."""
+    found: set[int] = set()
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(config, name, None)
+            found |= set() if value is None else set(value) if isinstance(value, list) else {value}
+    return found
+
+
+def _set_mask_token(tokenizer, mask_token, vocab_size, ids_with_a_role) -> int:
     """Give the tokenizer a mask token. Returns its id."""
     own, names = tokenizer.mask_token, ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token")
     roles = {token: name for name in reversed(names) if (token := getattr(tokenizer, name, None)) not in (None, own)}
+    for id, token in tokenizer.added_tokens_decoder.items():
+        if id in ids_with_a_role:
+            roles.setdefault(str(token), "bos_token, eos_token or pad_token by the configuration of the model")
     special = {str(token): id for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
     template = str(tokenizer.chat_template or "")
     if mask_token is not None:
         if mask_token in roles:
-            raise ValueError(
-                f"`mask_token={mask_token!r}` is not allowed: it is the tokenizer's `{roles[mask_token]}`."
-            )
+            raise ValueError(f"`mask_token={mask_token!r}` is not allowed: it is the {roles[mask_token]}.")
         if mask_token in tokenizer.get_vocab() and mask_token not in special:
             raise ValueError(f"`mask_token={mask_token!r}` is not allowed: it is a part of text, and not special.")
         if mask_token in special and mask_token in template:
             raise ValueError(f"`mask_token={mask_token!r}` is not allowed: the chat template writes it.")
-    elif own is not None:
+    elif own is not None and own not in roles:
         mask_token = own
     else:
         free = [token for token in special if token not in roles and token not in template]

@@ -195,6 +195,11 @@ class MaskedDiffusionTrainer(Trainer):
         if isinstance(train_dataset, IterableDataset) and args.accelerator_config.dispatch_batches is None:
             # Each process reads its part: from the first one's, batches would have to be of one width.
             args.accelerator_config.dispatch_batches = False
+        if self.block_causal_length is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"A block-causal model is not trained by one process with {args.n_gpu} GPUs (DataParallel): run the "
+                f"script by `accelerate launch`, with a process for each, or let CUDA_VISIBLE_DEVICES name one."
+            )
         super().__init__(
             model=model,
             args=args,
@@ -278,7 +283,7 @@ class MaskedDiffusionTrainer(Trainer):
                 raise ValueError("`dataloader_drop_last=True` is not allowed with a stream: Trainer would ignore it.")
             counts = {"seen": 0, "dropped": 0}
             return dataset.map(prepare_example, fn_kwargs=settings, remove_columns=columns).filter(
-                has_response, fn_kwargs={"counts": counts, "name": name}
+                has_response, fn_kwargs={"logits_shift": self.logits_shift, "counts": counts, "name": name}
             )
         with PartialState().main_process_first():  # the other processes find the result in the cache
             prepared = dataset.map(
@@ -289,7 +294,12 @@ class MaskedDiffusionTrainer(Trainer):
                 desc=f"Tokenizing {name}",
                 num_proc=args.dataset_num_proc,
             )
-            kept = prepared.filter(has_response, desc=f"Checking {name}", num_proc=args.dataset_num_proc)
+            kept = prepared.filter(
+                has_response,
+                fn_kwargs={"logits_shift": self.logits_shift},
+                desc=f"Checking {name}",
+                num_proc=args.dataset_num_proc,
+            )
         if dropped := len(prepared) - len(kept):
             logger.warning(
                 f"`{name}`: {dropped} of {len(prepared)} examples dropped, because nothing of their response lies "
@@ -429,10 +439,6 @@ class MaskedDiffusionTrainer(Trainer):
 
         What a stream has left at its end for less than a step goes into the first step of the next epoch; of a stream
         it is not known which rows its last batch repeats."""
-        if (
-            self.state.global_step >= self.state.max_steps
-        ):  # a finished run was resumed: Trainer would make a step more
-            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches - len(self._unfinished_step), device)
         batches = [*self._unfinished_step, *batches]
         if len(batches) < num_batches:
@@ -451,6 +457,10 @@ class MaskedDiffusionTrainer(Trainer):
         return batches, rows
 
     def _run_epoch(self, model, epoch, *args, **kwargs):
+        if self.state.global_step >= self.state.max_steps:
+            # Of a run that had ended inside an epoch, Trainer would go on with that.
+            self.control.should_training_stop = True
+            return None
         self._epoch = epoch  # `state.epoch` is a float that a stream of unknown length never brings to 1
         return super()._run_epoch(model, epoch, *args, **kwargs)
 

@@ -30,7 +30,7 @@ def prepare_example(
 ) -> dict[str, Any]:
     """A row of a dataset to `input_ids`, `prompt_length` and `example_id`. In a stream, where an index would differ
     from worker to worker, the id is a hash of the tokens. `limit`: tokens that the model can read."""
-    lengths = max_length, response_length, block_causal_length
+    lengths = max_length, response_length, block_causal_length, limit
     if {"input_ids", "prompt_length"} <= set(example):
         row = lay_out_tokens(example, tokenizer.eos_token_id, *lengths)
     else:
@@ -48,9 +48,12 @@ def prepare_example(
     return {**row, "example_id": own if isinstance(own, int) else index}
 
 
-def has_response(row: dict[str, Any], counts: dict[str, int] | None = None, name: str | None = None) -> bool:
-    """Filter of prepared rows. Of a stream, it counts and says at 1, 2, 4, 8, ... how many it dropped."""
-    keep = row["prompt_length"] < len(row["input_ids"])
+def has_response(
+    row: dict[str, Any], logits_shift: int = 0, counts: dict[str, int] | None = None, name: str | None = None
+) -> bool:
+    """Filter of prepared rows. With a `logits_shift` of 1, nothing predicts a row's first token. Of a stream, the
+    filter counts and says at 1, 2, 4, 8, ... how many it dropped."""
+    keep = max(row["prompt_length"], logits_shift) < len(row["input_ids"])
     if counts is not None:
         counts["seen"] += 1
         counts["dropped"] += not keep
@@ -65,6 +68,7 @@ def tokenize_example(
     max_length: int | None = None,
     response_length: int | None = None,
     block_causal_length: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """One row of a dataset to `input_ids` and `prompt_length`. The response ends with end-of-text, and is filled up
     with it, see `lay_out_tokens`; `text` is not filled up."""
@@ -91,7 +95,7 @@ def tokenize_example(
     prompt = tokenizer(text["prompt"], add_special_tokens=add_special_tokens)["input_ids"]
     response = [*tokenizer(text["completion"], add_special_tokens=False)["input_ids"], eos]
     row = {"input_ids": [*prompt, *response], "prompt_length": len(prompt)}
-    return lay_out_tokens(row, eos, max_length, response_length, block_causal_length)
+    return lay_out_tokens(row, eos, max_length, response_length, block_causal_length, limit)
 
 
 def tokenize_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -133,15 +137,18 @@ def lay_out_tokens(
     max_length: int | None = None,
     response_length: int | None = None,
     block_causal_length: int | None = None,
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """Cut `input_ids` to its lengths, and fill a response that ends with end-of-text up with it: to `response_length`
     tokens; or else to `max_length` for prompt and response, or, for a block-causal model, which decodes no block
-    behind its end-of-text, to the end of the block. `unmasking_step`, one number for each response token, becomes one
-    for each token, -1 where the teacher wrote nothing."""
+    behind its end-of-text, to the end of the block or to the `limit` of what the model reads. `unmasking_step`, one
+    number for each response token, becomes one for each token, -1 where the teacher wrote nothing."""
     ids, start = row["input_ids"], row["prompt_length"]
     width = max_length or 0
     if block_causal_length is not None:
         width = -(-len(ids) // block_causal_length) * block_causal_length
+        width = width if limit is None else min(width, limit)
+        width = width if limit is None else min(width, limit)
     length = response_length or width - start
     fill = length - (len(ids) - start) if 0 < start < len(ids) and ids[-1] == eos_token_id else 0
     stop = start + response_length if response_length else None

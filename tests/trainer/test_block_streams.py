@@ -142,6 +142,25 @@ def test_other_attention_agrees(tmp_path, word_tokenizer, implementation):
     torch.testing.assert_close(trainer.compute_loss(model, batch), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_attention_that_cannot_take_such_masks_is_refused(tmp_path, word_tokenizer):
+    model = ALL_FAMILIES["dream"].small(block_causal_length=4)
+    trainer = make_trainer(tmp_path, word_tokenizer, "masked", model)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2'.* cannot attend by blocks"):
+        trainer.compute_loss(model, batch)
+
+
+def test_rows_that_nothing_predicts_are_dropped(tmp_path, word_tokenizer):
+    """Of an empty text only the end-of-text is left, and with a shift of one nothing is before it."""
+    dataset = Dataset.from_list([{"text": "Sam has 3 books."}, {"text": ""}])
+    for name, count in (("dream", 1), ("llada", 2)):
+        model = ALL_FAMILIES[name].small(block_causal_length=4)
+        trainer = make_trainer(tmp_path, word_tokenizer, "masked", model, dataset, max_steps=1)
+        assert len(trainer.train_dataset) == count
+        trainer.train()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_flex_attention_agrees(tmp_path, word_tokenizer, kind):
@@ -217,6 +236,7 @@ def test_answers_are_filled_up_to_the_end_of_their_block(word_tokenizer):
     assert laid_out(7, None, 4) == [6, 7, EOS, EOS]
     assert laid_out(64, None, 6) == laid_out(64, None, 1) == [6, 7, EOS]
     assert laid_out(64, 10, 4) == [6, 7] + [EOS] * 8  # asked for
+    assert laid_out(None, None, 4, 7) == [6, 7, EOS, EOS]  # the model reads no more
     steps = lay_out_tokens({**row, "unmasking_step": [0, 1, 2]}, EOS, 64, None, 4)["unmasking_step"]
     assert steps == [-1, -1, -1, 0, 1, 2, -1, -1]
     example = {"prompt": "Sam has 3", "completion": " books."}

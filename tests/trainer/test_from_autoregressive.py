@@ -130,6 +130,19 @@ def _tokenizer_of(vocabulary):
     return {"tokenizer_object": inner}
 
 
+def test_what_ends_the_text_is_not_the_mask_token(tokenizer):
+    """A second end-of-text, which only the generation configuration knows."""
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|turn|>", "<|free|>"]})
+    turn = tokenizer.convert_tokens_to_ids("<|turn|>")
+    model = autoregressive("llama", vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = [0, turn]
+    made, new = from_autoregressive(model, tokenizer, 4)
+    assert new.mask_token_id not in (0, turn)
+    made.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=8)
+    with pytest.raises(ValueError, match="it is the bos_token, eos_token or pad_token by the configuration"):
+        from_autoregressive(model, tokenizer, 4, mask_token="<|turn|>")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,7 +174,7 @@ def test_other_models_are_refused(tokenizer):
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"block_length": 0}, "`block_length=0` is not allowed: it must be an integer of at least 1"),
-    ({"mask_token": "<|endoftext|>"}, "it is the tokenizer's `eos_token`"),
+    ({"mask_token": "<|endoftext|>"}, "it is the eos_token"),
     ({"mask_token": "Ġbooks"}, "it is a part of text, and not special"),
 ])  # fmt: skip
 def test_bad_arguments(tokenizer, settings, message):

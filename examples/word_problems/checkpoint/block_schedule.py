@@ -4,8 +4,8 @@
 A schedule is a few functions of the rows' state: `plan` says which rows the next pass takes and what it computes of
 each, `count` that it is on its way, `settle` what it has written, `advance` where a row goes on. All of them work on
 whole arrays, so that the host is quick with hundreds of rows. After a pass that completed nothing (by what `settle`
-returns), `plan` is called once more while the device makes the next one, and its plan holds unless that completes
-something: it must depend on the rows alone.
+returns), `plan` is called once more while the device makes the next one. Its plan holds unless that pass completes
+something, or a criterion or a clock ends rows: so it must depend on the rows alone.
 """
 
 import numpy as np
@@ -163,7 +163,7 @@ class BlockSchedule:
             if key not in self.block_counts:
                 self.block_counts[key] = self._count_block(*key)
             block, number = self.block_counts[key], rows.block_passes[slot]
-            counts[i] = block[number] if number < len(block) else 0  # after the pass that will complete the block
+            counts[i] = block[number] if number < len(block) else 0  # planned ahead of the pass that completes it
         return counts
 
     def _count_block(self, length, begin, masks, request):
@@ -203,7 +203,8 @@ class BlockSchedule:
     # --- 5. settle ---------------------------------------------------------------------------------------------------
 
     def settle(self, rows: Rows, plan: Plan, report: Report) -> bool:
-        """What a pass has written. Returns whether any of its rows has completed its block, ended, or sees less."""
+        """What a pass has written. Returns whether that makes the next pass another one: whether any of its rows has
+        completed its block, ended, or sees less, or rows are kept in step."""
         slots, decided, end, seen = plan.slot, *report
         if self.is_in_step:
             is_open = plan.stop > plan.start
@@ -215,7 +216,7 @@ class BlockSchedule:
             rows.seen[slots], rows.is_complete[slots], rows.is_changed = seen, is_complete, True
             rows.decided[slots[is_end]] = end[is_end]
             rows.finish(slots[is_end], end[is_end])
-        return is_other
+        return is_other or self.is_in_step
 
     # --- 8. advance --------------------------------------------------------------------------------------------------
 

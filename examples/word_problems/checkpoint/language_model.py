@@ -81,7 +81,8 @@ class LanguageModelMixin:
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`): prompt and answer, `[MASK]` where nothing is decided.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at positions that nothing may attend to.
-                Or of shape `(B or 1, 1, T, T)`, bool: which queries may attend to which keys, and nothing else counts.
+                Or of shape `(B or 1, 1, T, T)`, bool, which queries may attend to which keys, or a `BlockMask`: then
+                nothing else counts, neither blocks nor padding.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): 0, 1, ... if unset; in a block-causal
                 model from the first position of a row that the mask does not hide.
             past_key_values (`Cache`, *optional*): keys and values of other positions.

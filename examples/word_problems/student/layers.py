@@ -34,9 +34,11 @@ def block_sdpa(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """PyTorch's scaled dot products, or FlexAttention where the mask is one of that."""
-    is_plain = attention_mask is None or isinstance(attention_mask, torch.Tensor)
-    function = sdpa_attention_forward if is_plain else flex_attention_forward
-    return function(module, query, key, value, attention_mask, **kwargs)
+    if attention_mask is None or isinstance(attention_mask, torch.Tensor):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # Under autocast, norms leave queries and keys in float32, and FlexAttention wants one dtype.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return flex_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(BLOCK_SDPA, block_sdpa)
@@ -112,8 +114,8 @@ def diffusion_mask(
         hidden_states (`torch.Tensor` of shape `(B, Q, D)`): input of the first layer.
         attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 at keys that nothing may attend to. None if
             there are none: a mask is not searched for zeros, since that would be a wait for the device in every pass.
-            A mask that is not of this shape says all that there is to say: bool of shape `(B or 1, 1, Q, T)`, True
-            where a query may attend to a key, or what the attention implementation itself takes.
+            Or, bool of shape `(B or 1, 1, Q, T)`, which queries may attend to which keys, or a `BlockMask` of
+            FlexAttention: then nothing else is looked at, neither blocks nor padding.
         position_ids (`torch.Tensor` of shape `(B, Q)` or `(1, Q)`): from the first token of each row.
         past_key_values (`Cache`, *optional*): tells how many keys there are. A `BlockCache` knows itself what is seen.
     """
@@ -121,15 +123,22 @@ def diffusion_mask(
         return None
     length, implementation, in_blocks = config.block_causal_length, config._attn_implementation, None
     is_sdpa = implementation in ("sdpa", BLOCK_SDPA)
-    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
-        is_bool = isinstance(attention_mask, torch.Tensor) and attention_mask.dtype == torch.bool
-        return added_mask(~attention_mask, hidden_states.dtype) if is_bool else attention_mask
-    if length is not None:
-        if past_key_values is not None or not (is_sdpa or implementation in ("eager", "flex_attention")):
+    is_whole = attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
+    if length is not None or is_whole:
+        takes_blocks = is_sdpa or implementation in ("eager", "flex_attention")
+        if is_whole and not isinstance(attention_mask, torch.Tensor):
+            takes_blocks = implementation in (BLOCK_SDPA, "flex_attention")
+        if past_key_values is not None or not takes_blocks:
             raise ValueError(
                 f"`attn_implementation={implementation!r}` or `past_key_values` of this kind cannot attend by blocks: "
                 f"the one must be {BLOCK_SDPA!r}, 'sdpa', 'eager' or 'flex_attention', the other None."
             )
+    if is_whole:
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.bool:
+            return attention_mask
+        mask = added_mask(~attention_mask, hidden_states.dtype)
+        return mask.expand(len(hidden_states), -1, -1, -1) if implementation == "flex_attention" else mask
+    if length is not None:
         blocks = (position_ids // length).expand(len(hidden_states), -1)
 
         def in_blocks(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:

@@ -78,7 +78,7 @@ def slow_loss(trainer, model, batch):
     return total.squeeze() / len(batch["input_ids"])
 
 
-@pytest.mark.parametrize("block_length", [1, 6])
+@pytest.mark.parametrize("block_length", [6, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
@@ -243,6 +243,7 @@ def test_answers_are_filled_up_to_the_end_of_their_block(word_tokenizer):
     assert len(tokenize_example(example, word_tokenizer, 64, None, 16)["input_ids"]) == 16
 
 
+@pytest.mark.journey
 @pytest.mark.parametrize("kind", TRAINERS)
 def test_it_learns_and_decodes(tmp_path, word_tokenizer, kind):
     """A model that was trained so writes what it has learned, with its exact cache as without one."""

@@ -16,7 +16,6 @@ from .masking import blocks_of_columns
 
 # FlexAttention computes tiles of so many positions, and is compiled anew for lengths of another kind.
 FLEX_TILE = 128
-FLEX_ATTENTION = ("block_sdpa", "flex_attention")  # implementations that take masks of FlexAttention
 
 
 class Streams(NamedTuple):
@@ -33,41 +32,37 @@ class Streams(NamedTuple):
 def block_streams(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    hidden: torch.Tensor,
+    shown: torch.Tensor,
     positions: torch.Tensor,
     *,
     first: int,
     block_length: int,
     logits_shift: int,
-    mask_token_id: int,
     use_flex: bool,
 ) -> Streams:
     """The streams of a batch.
 
     Args:
         input_ids, attention_mask (`torch.LongTensor` of shape `(B, T)`): rows, padded behind.
-        hidden (`torch.BoolTensor` of shape `(V * B, T)`): what each view hides, all first views first.
+        shown (`torch.LongTensor` of shape `(V * B, T)`): the rows as views show them, all first views first.
         positions (`torch.LongTensor` of shape `(V * B, M)`): whose tokens are to be predicted.
         first (`int`): the first column that any row learns. Views begin with its block: before it are prompts alone.
         block_length (`int`): of the model.
         logits_shift (`int`): of the model. With 1, a block's first token is predicted by the token before it, which
             lies in the block before, and so in the clean stream: as in decoding.
-        mask_token_id (`int`): id of `[MASK]`.
         use_flex (`bool`): a `BlockMask` for FlexAttention instead of a dense mask.
     """
     (batch, width), device = input_ids.shape, input_ids.device
-    views, begin = len(hidden) // batch, first // block_length * block_length
+    views, begin = len(shown) // batch, first // block_length * block_length
     columns = torch.arange(width, device=device)
     column = torch.cat((columns, columns[begin:].repeat(views)))
     numbers = torch.arange(1, views + 1, device=device)
     view = torch.cat((torch.zeros_like(columns), numbers.repeat_interleave(width - begin)))
-    masked = input_ids.repeat(views, 1).masked_fill(hidden, mask_token_id).view(views, batch, width)[:, :, begin:]
-    ids = torch.cat((input_ids, masked.transpose(0, 1).flatten(1)), dim=1)
+    ids = torch.cat((input_ids, shown.view(views, batch, width)[:, :, begin:].transpose(0, 1).flatten(1)), dim=1)
     is_real = attention_mask.bool()[:, column]
     if use_flex and (fill := -len(column) % FLEX_TILE):
-        pad = torch.nn.functional.pad
-        column, view, ids = pad(column, (0, fill)), pad(view, (0, fill)), pad(ids, (0, fill), value=mask_token_id)
-        is_real = pad(is_real, (0, fill))
+        streams = (column, view, ids, is_real)
+        column, view, ids, is_real = (torch.nn.functional.pad(each, (0, fill)) for each in streams)
     predicting = (positions - logits_shift).clamp(min=0)
     in_view = width + (numbers - 1).repeat_interleave(batch)[:, None] * (width - begin) + predicting - begin
     block = blocks_of_columns(positions, block_length)

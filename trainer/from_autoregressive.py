@@ -13,7 +13,7 @@ from dparallel.modeling import DreamConfig, DreamModel, SDARConfig, SDARForCausa
 logger = logging.get_logger(__name__)
 
 # By `config.model_type`: the family with the same layers.
-FAMILIES: dict[str, tuple[type, type]] = {
+TARGETS: dict[str, tuple[type, type]] = {
     "llama": (DreamConfig, DreamModel),
     "qwen2": (DreamConfig, DreamModel),
     "qwen3": (SDARConfig, SDARForCausalLM),
@@ -66,7 +66,7 @@ def from_autoregressive(
     """
     if not isinstance(block_length, int) or isinstance(block_length, bool) or block_length < 1:
         raise ValueError(f"`block_length={block_length!r}` is not allowed: it must be an integer of at least 1.")
-    config_class, model_class = _family_of(model)
+    config_class, model_class = _target_of(model)
     tokenizer = copy.deepcopy(tokenizer)
     vocab_size = model.config.vocab_size
     if len(tokenizer) > vocab_size:
@@ -92,33 +92,33 @@ def from_autoregressive(
     return result.train(model.training), tokenizer
 
 
-def _family_of(model):
+def _target_of(model):
     """The classes of configuration and model that the model becomes."""
     if isinstance(model, PeftModel):
         raise ValueError("`model` is a PeftModel: merge its adapter first (`merge_and_unload()`).")
     config: PreTrainedConfig = getattr(model, "config", None)
     kind = getattr(config, "model_type", type(model).__name__)
-    if kind not in FAMILIES:
-        raise ValueError(f"`model` is of the type {kind!r}, not one of {', '.join(FAMILIES)}: it cannot be converted.")
+    if kind not in TARGETS:
+        raise ValueError(f"`model` is of the type {kind!r}, not one of {', '.join(TARGETS)}: it cannot be converted.")
 
     def refuse(part, why):
         raise ValueError(f"`model` cannot be converted: it has {part} ({why}), and the layers of {target} have not.")
 
-    target = FAMILIES[kind][1].__name__
+    target = TARGETS[kind][1].__name__
     for name, part in UNKNOWN_PARTS.items():
         if value := getattr(config, name, None):
             refuse(part, f"`{name}={value!r}`")
     if config.hidden_act != "silu":
         refuse("another activation", f"`hidden_act={config.hidden_act!r}`")
     head_dim, expected = getattr(config, "head_dim", None), config.hidden_size // config.num_attention_heads
-    if FAMILIES[kind][0] is DreamConfig and head_dim not in (None, expected):
+    if TARGETS[kind][0] is DreamConfig and head_dim not in (None, expected):
         refuse("heads of another width", f"`head_dim={head_dim}` where `hidden_size` over their number is {expected}")
     quantization = getattr(config, "quantization_config", None)
     if quantization is not None:
         fields = quantization if isinstance(quantization, dict) else quantization.to_dict()
         if (method := getattr(fields.get("quant_method"), "value", fields.get("quant_method"))) != "gguf":  # unpacked
             refuse("quantized weights", f"`quantization_config` with the method {method!r}")
-    return FAMILIES[kind]
+    return TARGETS[kind]
 
 
 def _copy_weights(model, result):
@@ -137,7 +137,7 @@ def _ids_with_a_role(model) -> set[int]:
     for config in (model.config, model.generation_config):
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             value = getattr(config, name, None)
-            found |= set() if value is None else set(value) if isinstance(value, list) else {value}
+            found.update([value] if isinstance(value, int) else value or ())
     return found
 
 
@@ -148,7 +148,7 @@ def _set_mask_token(tokenizer, mask_token, vocab_size, ids_with_a_role) -> int:
     for id, token in tokenizer.added_tokens_decoder.items():
         if id in ids_with_a_role:
             roles.setdefault(str(token), "bos_token, eos_token or pad_token by the configuration of the model")
-    special = {str(token): id for id, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special}
+    special = [str(token) for _, token in sorted(tokenizer.added_tokens_decoder.items()) if token.special]
     template = str(tokenizer.chat_template or "")
     if mask_token is not None:
         if mask_token in roles:

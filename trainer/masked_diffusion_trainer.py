@@ -32,8 +32,9 @@ from dparallel.hub_cards.card_metadata import as_list
 from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
+from dparallel.modeling.layers import FLEX_ATTENTION
 
-from .block_streams import FLEX_ATTENTION, block_streams, by_views
+from .block_streams import block_streams, by_views
 from .checkpoints import (
     DEEPSPEED,
     FSDP,
@@ -499,41 +500,35 @@ class MaskedDiffusionTrainer(Trainer):
         # What is compiled is compiled anew for each shape: then let there be few.
         positions, is_scored = gather_positions(masks.scored, 32 if self.args.torch_compile else 8)
         views = len(masks.hidden) // len(input_ids)
+        rows = input_ids.repeat(views, 1)
+        shown = rows.masked_fill(masks.hidden, self.mask_token_id)
         if self.block_causal_length is None:
-            outputs, logits = self._pass_over_views(model, inputs, masks.hidden, positions, is_scored)
+            attention_mask = inputs["attention_mask"].repeat(views, 1)
+            outputs = model(
+                input_ids=shown,
+                # Without a mask, attention has faster kernels to choose from.
+                attention_mask=None if attention_mask.all() else attention_mask,
+                logits_to_keep=positions - self.logits_shift * is_scored,
+            )
+            logits = outputs.logits
         else:
-            outputs, logits = self._pass_over_streams(model, inputs, masks.hidden, positions)
+            outputs = model(**self._streams(model, inputs, shown, positions)._asdict())
+            logits = by_views(outputs.logits, views)
         if masks.ratio.ndim == 2:
             masks = masks._replace(ratio=masks.ratio.gather(1, positions))
-        labels = input_ids.repeat(views, 1).gather(1, positions)
-        losses, metrics = self.losses_and_metrics(logits.float(), labels, is_scored, masks)
+        losses, metrics = self.losses_and_metrics(logits.float(), rows.gather(1, positions), is_scored, masks)
         self._metric_names = list(metrics)
         pairs = [torch.stack((total.detach().float(), weight.float()), dim=1) for total, weight in metrics.values()]
         return losses, torch.stack(pairs, dim=1), outputs
 
-    def _pass_over_views(self, model, inputs, hidden, positions, is_scored):
-        """The model's output, and logits (N, M, V) of the positions of N views, from a row for each view."""
-        views = len(hidden) // len(inputs["input_ids"])
-        input_ids, attention_mask = (inputs[name].repeat(views, 1) for name in ("input_ids", "attention_mask"))
-        outputs = model(
-            input_ids=input_ids.masked_fill(hidden, self.mask_token_id),
-            # Without a mask, attention has faster kernels to choose from.
-            attention_mask=None if attention_mask.all() else attention_mask,
-            logits_to_keep=positions - self.logits_shift * is_scored,
-        )
-        return outputs, outputs.logits
-
-    def _pass_over_streams(self, model, inputs, hidden, positions):
-        """The same of a block-causal model, from all blocks of a row and all its views at once."""
-        input_ids = inputs["input_ids"]
+    def _streams(self, model, inputs, shown, positions):
+        """What a block-causal model gets of all blocks of the rows and all their views (N, T) at once."""
         implementation = self.accelerator.unwrap_model(model).config._attn_implementation
-        streams = block_streams(
-            input_ids, inputs["attention_mask"], hidden, positions, first=int(inputs["prompt_length"].min()),
-            block_length=self.block_causal_length, logits_shift=self.logits_shift, mask_token_id=self.mask_token_id,
-            use_flex=input_ids.is_cuda and implementation in FLEX_ATTENTION,
+        return block_streams(
+            inputs["input_ids"], inputs["attention_mask"], shown, positions, first=int(inputs["prompt_length"].min()),
+            block_length=self.block_causal_length, logits_shift=self.logits_shift,
+            use_flex=shown.is_cuda and implementation in FLEX_ATTENTION,
         )  # fmt: skip
-        outputs = model(**streams._asdict())
-        return outputs, by_views(outputs.logits, len(hidden) // len(input_ids))
 
     def compute_loss(
         self,

@@ -148,7 +148,6 @@ def lay_out_tokens(
     if block_causal_length is not None:
         width = -(-len(ids) // block_causal_length) * block_causal_length
         width = width if limit is None else min(width, limit)
-        width = width if limit is None else min(width, limit)
     length = response_length or width - start
     fill = length - (len(ids) - start) if 0 < start < len(ids) and ids[-1] == eos_token_id else 0
     stop = start + response_length if response_length else None

@@ -82,11 +82,6 @@ def calibrate(
     return chosen, [*points, *fast]
 
 
-def bar_of(points: list[Measurement], bar: float | None) -> float:
-    """The accuracy of one token a pass, by `calibrate`'s argument or its first measurement."""
-    return points[0].accuracy if bar is None else bar
-
-
 def difference_to_slow(
     output_dir: str | Path, chosen: Measurement, points: list[Measurement], bar: float | None = None
 ) -> Difference:
@@ -166,7 +161,7 @@ def main() -> None:
         print(f"{to_table(points)}\n\nIn {arguments.output_dir}: results.json, and all answers.")
         if chosen is None:
             best = max(point.accuracy for point in points if "threshold" in point.decoding)
-            wanted = bar_of(points, arguments.bar) - arguments.margin
+            wanted = (points[0].accuracy if arguments.bar is None else arguments.bar) - arguments.margin
             raise ValueError(
                 f"No threshold was accurate enough, so nothing was written: the best has {100 * best:.1f}%, "
                 f"and {100 * wanted:.1f}% is wanted with `margin={arguments.margin!r}`. "

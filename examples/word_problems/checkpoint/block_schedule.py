@@ -211,12 +211,12 @@ class BlockSchedule:
             slots, decided, end, seen = (each[is_open] for each in (slots, *report))
         rows.decided[slots] = decided
         is_complete, is_end = decided >= np.minimum(rows.stop[slots], seen), end > 0
-        is_other = bool((is_complete | is_end | (seen != rows.seen[slots])).any())
-        if self.is_in_step or is_other:
+        is_other = self.is_in_step or bool((is_complete | is_end | (seen != rows.seen[slots])).any())
+        if is_other:
             rows.seen[slots], rows.is_complete[slots], rows.is_changed = seen, is_complete, True
             rows.decided[slots[is_end]] = end[is_end]
             rows.finish(slots[is_end], end[is_end])
-        return is_other or self.is_in_step
+        return is_other
 
     # --- 8. advance --------------------------------------------------------------------------------------------------
 

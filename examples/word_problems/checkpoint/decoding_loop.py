@@ -78,11 +78,10 @@ class StepSettings(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """A pass that is ready to be made: its plan, its shape, and the settings of the step that makes it, which may take
-    more rows."""
+    """A pass that is ready to be made: its plan, and the settings of the step that makes it, which may take more
+    rows."""
 
     plan: Plan
-    shape: Shape
     settings: StepSettings
 
 
@@ -284,7 +283,7 @@ class DecodingLoop:
                 ended = self._exchange(prompts)  # 3
                 self.schedule.count(self.rows, this.plan)
                 following = self._plan() if is_calm else None
-                report = self.canvas.look(this.settings.shape.rows, this.shape.rows)  # 4
+                report = self.canvas.look(this.settings.shape.rows, len(this.plan.slot))  # 4
                 is_calm = not self.schedule.settle(self.rows, this.plan, report)  # 5
                 self._stop()  # 6
                 self._stream()  # 7
@@ -329,7 +328,7 @@ class DecodingLoop:
         if last is not None and last.plan.slot is plan.slot:  # it is like the last one
             self.planned = last._replace(plan=plan)
         else:
-            self.planned = Pass(plan, shape, self._settings(plan, shape))
+            self.planned = Pass(plan, self._settings(plan, shape))
         self.canvas.send(plan, self.planned.settings.shape)
         return self.planned
 

@@ -150,12 +150,8 @@ class BatchGenerationMixin(GenerationMixin):
             prompts = sorted(listed, key=lambda each: -len(each.ids))
         else:
             width, slots = max_length or config.max_length, max_batch_size
-            require(
-                width is not None,
-                "max_length",
-                None,
-                "the tokens of the longest prompt with its answer, where `inputs` is no list",
-            )
+            allowed = "the tokens of the longest prompt with its answer, where `inputs` is no list"
+            require(width is not None, "max_length", None, allowed)
             prompts = _checked(inputs, make)
         return self._answer(
             prompts, isinstance(inputs, (list, tuple)), config, slots, width, logits_processor, stopping_criteria,

@@ -28,6 +28,8 @@ from .triton_kernels import (
 # The attention of these models unless another is asked for: PyTorch's scaled dot products, and, where a pass computes
 # parts of rows against a `BlockCache`, the kernel. `attn_implementation="sdpa"` is PyTorch alone.
 BLOCK_SDPA = "block_sdpa"
+FLEX_ATTENTION = (BLOCK_SDPA, "flex_attention")  # those that take a `BlockMask`
+BLOCK_ATTENTION = (*FLEX_ATTENTION, "sdpa", "eager")  # those that take any mask of queries and keys
 
 
 def block_sdpa(
@@ -123,22 +125,14 @@ def diffusion_mask(
         return None
     length, implementation, in_blocks = config.block_causal_length, config._attn_implementation, None
     is_sdpa = implementation in ("sdpa", BLOCK_SDPA)
-    is_whole = attention_mask is not None and getattr(attention_mask, "ndim", None) != 2
-    if length is not None or is_whole:
-        takes_blocks = is_sdpa or implementation in ("eager", "flex_attention")
-        if is_whole and not isinstance(attention_mask, torch.Tensor):
-            takes_blocks = implementation in (BLOCK_SDPA, "flex_attention")
-        if past_key_values is not None or not takes_blocks:
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        return ready_mask(attention_mask, hidden_states, implementation)
+    if length is not None:
+        if past_key_values is not None or implementation not in BLOCK_ATTENTION:
             raise ValueError(
                 f"`attn_implementation={implementation!r}` or `past_key_values` of this kind cannot attend by blocks: "
                 f"the one must be {BLOCK_SDPA!r}, 'sdpa', 'eager' or 'flex_attention', the other None."
             )
-    if is_whole:
-        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dtype != torch.bool:
-            return attention_mask
-        mask = added_mask(~attention_mask, hidden_states.dtype)
-        return mask.expand(len(hidden_states), -1, -1, -1) if implementation == "flex_attention" else mask
-    if length is not None:
         blocks = (position_ids // length).expand(len(hidden_states), -1)
 
         def in_blocks(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
@@ -156,6 +150,21 @@ def diffusion_mask(
         is_hidden, dtype = ~mask[:, :, :1] if in_blocks is None else ~mask, hidden_states.dtype
         mask = added_mask(is_hidden, dtype).expand(-1, -1, hidden_states.shape[1], -1)
     return mask
+
+
+def ready_mask(attention_mask: Any, hidden_states: torch.Tensor, implementation: str) -> Any:
+    """A mask of queries and keys, as `diffusion_mask` takes it, for an attention implementation."""
+    is_tensor = isinstance(attention_mask, torch.Tensor)
+    takers = BLOCK_ATTENTION if is_tensor else FLEX_ATTENTION
+    if implementation not in takers:
+        raise ValueError(
+            f"`attn_implementation={implementation!r}` cannot attend by blocks, or as this `attention_mask` says: it "
+            f"must be one of {', '.join(map(repr, takers))}."
+        )
+    if not is_tensor or attention_mask.dtype != torch.bool:
+        return attention_mask
+    mask = added_mask(~attention_mask, hidden_states.dtype)
+    return mask.expand(len(hidden_states), -1, -1, -1) if implementation == "flex_attention" else mask
 
 
 class RotaryTables:

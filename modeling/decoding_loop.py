@@ -30,6 +30,7 @@ from .unmasking import POLICIES
 
 logger = logging.get_logger(__name__)
 
+FEW_ROWS = 8  # so many are planned in less time than a pass takes
 ROW_BUCKET = 8  # above it, captured steps take a multiple of it of rows; below, a power of 2
 TOKEN_BUCKET = 32  # captured steps compute a multiple of it of tokens; above 256, of an eighth of a power of 2
 WIDTH_BUCKET = 32  # canvases and captured steps are as wide as a multiple of it, so that they are found again
@@ -258,8 +259,8 @@ class DecodingLoop:
            policy's choice which of them become final.
         3. Exchange, while the device makes the pass: rows that ended before it leave their slots, and the next prompts
            take them, to join in the pass after. Answers are yielded here, too, so that what is done with them takes no
-           time of the device. Where the pass before completed nothing, the next one is planned as it will be if this
-           one completes nothing, either; else it is planned when its turn comes.
+           time of the device. Where rows are few or the pass before completed nothing, the next one is planned as it
+           will be if this one completes nothing, either; else it is planned when its turn comes.
         4. Look: the host learns what is decided, and what has ended.
         5. Settle: the rows' state follows.
         6. Stop: criteria and time end rows.
@@ -282,7 +283,7 @@ class DecodingLoop:
                 yield from ended
                 ended = self._exchange(prompts)  # 3
                 self.schedule.count(self.rows, this.plan)
-                following = self._plan() if is_calm else None
+                following = self._plan() if is_calm or len(this.plan.slot) <= FEW_ROWS else None
                 report = self.canvas.look(this.settings.shape.rows, len(this.plan.slot))  # 4
                 is_calm = not self.schedule.settle(self.rows, this.plan, report)  # 5
                 self._stop()  # 6

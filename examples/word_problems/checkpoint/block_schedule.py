@@ -3,9 +3,9 @@
 
 A schedule is a few functions of the rows' state: `plan` says which rows the next pass takes and what it computes of
 each, `count` that it is on its way, `settle` what it has written, `advance` where a row goes on. All of them work on
-whole arrays, so that the host is quick with hundreds of rows. After a pass that completed nothing (by what `settle`
-returns), `plan` is called once more while the device makes the next one. Its plan holds unless that pass completes
-something, or a criterion or a clock ends rows: so it must depend on the rows alone.
+whole arrays, so that the host is quick with hundreds of rows. Where rows are few, and after a pass that completed
+nothing (by what `settle` returns), `plan` is called once more while the device makes the next pass. Its plan holds
+unless that pass completes something, or a criterion or a clock ends rows: so it must depend on the rows alone.
 """
 
 import numpy as np

@@ -105,6 +105,38 @@ def step_of(checkpoint):
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
+def train_and_merge(trainer, model_arguments, what):
+    """Train, from the last checkpoint on where there is one, and save the plain model in OUTPUT_DIR/merged."""
+    config = trainer.args
+    checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
+    if checkpoint and trainer.accelerator.is_main_process:
+        print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
+    with plain_errors(ValueError):
+        trainer.train(resume_from_checkpoint=checkpoint)
+    merged = Path(config.output_dir) / "merged"
+    is_merged = all((merged / name).exists() for name in ("config.json", "tokenizer_config.json"))
+    if checkpoint and step_of(checkpoint) == trainer.state.global_step and is_merged:
+        if trainer.accelerator.is_main_process:  # a threshold may have been calibrated since
+            print(f"The training had ended before: {merged} is left as it is.")
+        return
+    if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
+        print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
+
+    trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
+    unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
+    if model_arguments.use_peft and trainer.accelerator.is_main_process:
+        # From the folder: what is in memory may be spread over the processes, or quantized.
+        given = config.model_init_kwargs or {}
+        whole = {k: v for k, v in given.items() if k not in ("quantization_config", "device_map")}
+        merge_adapter(config.output_dir, merged, trainer.processing_class, model_init_kwargs=whole)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.accelerator.is_main_process:
+        print(
+            f"In {merged}: the {what} model. Next, to evaluate it: accelerate launch "
+            f"examples/gsm8k/evaluate_gsm8k.py --model {merged} --output_dir {Path(config.output_dir) / 'gsm8k'}"
+        )
+
+
 def main():
     arguments, config, model_arguments = parse_arguments(
         __doc__, DistillArguments, CertaintyForcingConfig, ModelArguments
@@ -143,32 +175,7 @@ def main():
         peft_config=get_peft_config(model_arguments),
         judge=judge,
     )
-    checkpoint = config.resume_from_checkpoint or last_complete_checkpoint(config.output_dir)
-    if checkpoint and trainer.accelerator.is_main_process:
-        print(f"Going on from {checkpoint}. To train anew, choose another `output_dir`.")
-    with plain_errors(ValueError):
-        trainer.train(resume_from_checkpoint=checkpoint)
-    merged = Path(config.output_dir) / "merged"
-    is_merged = all((merged / name).exists() for name in ("config.json", "tokenizer_config.json"))
-    if checkpoint and step_of(checkpoint) == trainer.state.global_step and is_merged:
-        if trainer.accelerator.is_main_process:  # a threshold may have been calibrated since
-            print(f"The training had ended before: {merged} is left as it is.")
-        return
-    if trainer.state.best_model_checkpoint and config.load_best_model_at_end and trainer.accelerator.is_main_process:
-        print(f"The best checkpoint is {trainer.state.best_model_checkpoint}.")
-
-    trainer.save_model(config.output_dir if model_arguments.use_peft else str(merged))
-    unset_hf_deepspeed_config()  # else ZeRO-3 would load the base in parts, on all processes together
-    if model_arguments.use_peft and trainer.accelerator.is_main_process:
-        # From the folder: what is in memory may be spread over the processes, or quantized.
-        whole = {k: v for k, v in config.model_init_kwargs.items() if k not in ("quantization_config", "device_map")}
-        merge_adapter(config.output_dir, merged, trainer.processing_class, model_init_kwargs=whole)
-    trainer.accelerator.wait_for_everyone()
-    if trainer.accelerator.is_main_process:
-        print(
-            f"In {merged}: the distilled model. Next, to evaluate it: accelerate launch "
-            f"examples/gsm8k/evaluate_gsm8k.py --model {merged} --output_dir {Path(config.output_dir) / 'gsm8k'}"
-        )
+    train_and_merge(trainer, model_arguments, "distilled")
 
 
 if __name__ == "__main__":

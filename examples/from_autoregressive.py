@@ -50,7 +50,8 @@ def main():
     kind, mask = type(model).__name__, f"{tokenizer.mask_token!r}, id {tokenizer.mask_token_id}"
     print(
         f"In {arguments.output_dir}: a {kind} with blocks of {arguments.block_length} tokens, [MASK] is {mask}. Next, "
-        f"fine-tune it, in Python: dparallel.trainer.MaskedDiffusionTrainer({str(arguments.output_dir)!r}, ...)"
+        f"fine-tune it: accelerate launch examples/fine_tune.py --model {arguments.output_dir} --dtype float32 "
+        f"--dataset_name rows.jsonl --output_dir {arguments.output_dir}-tuned"
     )
 
 

@@ -35,8 +35,8 @@ class ModelArguments(ModelConfig):
 
 
 @dataclass
-class PromptArguments:
-    """Where prompts come from, and where the answers to them go."""
+class DatasetArguments:
+    """Where rows come from."""
 
     dataset_name: str = field(
         metadata={"help": "Hub id, folder of save_to_disk(), or .json, .jsonl or .parquet file of a dataset."}
@@ -47,6 +47,12 @@ class PromptArguments:
     dataset_split: str = field(
         default="train", metadata={"help": "Split of the dataset, or a slice like `train[:1000]`."}
     )
+
+
+@dataclass
+class PromptArguments(DatasetArguments):
+    """Where prompts come from, and where the answers to them go."""
+
     prompt_column: str = field(
         default="prompt", metadata={"help": "Column with the prompts, which are text or messages."}
     )

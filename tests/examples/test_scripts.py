@@ -16,18 +16,19 @@ import pytest
 from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
 from dparallel.hub_cards import load_measurements, push_dataset
 from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
-from dparallel.trainer import CertaintyForcingConfig
+from dparallel.trainer import CertaintyForcingConfig, MaskedDiffusionConfig
 from tests.families import FAMILIES
 from tests.golden import CHECKPOINT, STUDENT
 from tests.scripts import EXAMPLES, call, check_arguments, load, parser_of, run, split_command, start
 
 quickstart, distill, judges = load("quickstart.py"), load("distill.py"), load("judges.py")
+fine_tune = load("fine_tune.py")
 distillation, solving = load("word_problems/distillation.py"), load("word_problems/solving.py")
 TEACHER = {"unmasking": "entropy_threshold", "threshold": 0.1, "max_new_tokens": 64}
 
@@ -238,6 +239,34 @@ def test_trajectories_killed_twenty_times(tmp_path, prompts_file):
     assert one.to_list() == other.to_list()
 
 
+@pytest.mark.parametrize("use_peft", [True, False])
+@pytest.mark.journey
+def test_fine_tune_makes_a_model_of_rows(tmp_path, use_peft):
+    """From a block-causal model, with rows that are held out; started again, it has nothing left to do."""
+    rows = [{"prompt": row["question"], "completion": f" {row['answer']}."} for row in PROMPTS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = LLaDAModelLM.from_pretrained(CHECKPOINT)
+    model.config.block_causal_length = 16
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(CHECKPOINT).save_pretrained(tmp_path / "model")
+    flags = "--model model --dtype float32 --dataset_name rows.jsonl --output_dir out --use_cpu true --report_to none"
+    flags += " --per_device_train_batch_size 2 --max_length 128 --save_steps 1 --max_steps 2 --eval_size 2"
+    flags += " --eval_strategy steps --eval_steps 2" + " --use_peft true" * use_peft
+    result = call("fine_tune.py", *flags.split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "eval_masked_accuracy" in result.stdout
+    assert result.stdout.splitlines()[-1].startswith("In out/merged: the fine-tuned model. Next, to evaluate it: ")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", trust_remote_code=True)
+    assert merged.config.block_causal_length == 16
+    before = model.state_dict()
+    assert any((weight != before[name]).any() for name, weight in merged.state_dict().items())
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists() == use_peft
+    again = call("fine_tune.py", *flags.split(), cwd=tmp_path)
+    assert again.returncode == 0 and "The training had ended before" in again.stdout, again.stderr
+    other = call("fine_tune.py", *flags.split(), "--eval_size", 8, cwd=tmp_path)
+    assert other.returncode == 1 and "`eval_size=8` is not allowed: it must be less than" in other.stderr
+
+
 def test_distill_says_what_is_wrong(tmp_path, prompts_file):
     flags = DISTILL.copy()
     flags[flags.index("question")] = "problem"
@@ -287,6 +316,14 @@ def test_recipes_are_understood(recipe, tmp_path):
     assert Path(arguments.judge.partition(":")[0]).name == "judges.py" and distill.load_judge(
         str(EXAMPLES.parent / arguments.judge)
     )
+
+
+def test_the_settings_of_the_fine_tuning_of_real_weights_are_understood():
+    parser = TrlParser((fine_tune.FineTuneArguments, MaskedDiffusionConfig, ModelConfig))
+    flags = ["--config", str(EXAMPLES / "gsm8k" / "fine_tune.yaml"), "--bf16", "false"]
+    arguments, config, model = parser.parse_args_and_config(flags)
+    assert (arguments.dataset_name, config.max_length) == ("runs/gsm8k/rows/train.jsonl", 384)
+    assert model.dtype == "float32" and not model.use_peft  # all weights, which must not be rounded
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES / "accelerate_configs").iterdir()), ids=lambda path: path.stem)

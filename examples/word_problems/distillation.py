@@ -20,9 +20,7 @@ command is a try on a CPU; the third draws the picture alone.
 
 import itertools
 import json
-import statistics
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,12 +34,12 @@ from transformers import AutoTokenizer
 
 from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
 from dparallel.evaluation.plot import POLICY_COLOURS, Curve, plot, shades, with_aup
+from dparallel.evaluation.students import nfe_at, of_policy, spread, train_student
 from dparallel.evaluation.sweep import sweep
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, fastest, from_entries, paired_difference
 from dparallel.modeling import LLaDAModelLM
-from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer, generate_trajectories
-from dparallel.trainer.resumable_shards import map_in_shards
+from dparallel.trainer import generate_trajectories
 from dparallel.trainer.trajectories import model_digest
 
 RESULTS, PICTURE = "distillation.json", "accuracy_against_nfe.png"
@@ -135,70 +133,25 @@ def right_answers(teacher, folder, seed, arguments, tokenizer):
     return right
 
 
-def train_student(teacher, folder, dataset, tokenizer, arguments, seed, changes):
+def student_of(teacher, folder, dataset, tokenizer, arguments, seed, changes):
     """A student in `folder / "model"`: one cell of the table, computed once for its settings."""
-    job = {"teacher": model_digest(load(teacher)), "answers": len(dataset), "seed": seed, "changes": changes}
-    job |= {name: getattr(arguments, name) for name in ("max_steps", "batch_size", "learning_rate")}
-
-    def compute(number, cells):
-        return [{"seconds": run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes)}]
-
-    map_in_shards(compute, [folder.name], folder, job, shard_size=1, desc=folder.name)
-    return folder / "model"
-
-
-def run_training(teacher, folder, dataset, tokenizer, arguments, seed, changes):
-    start = time.time()
-    torch._dynamo.reset()  # else the compiler gives up after a number of students
-    config = CertaintyForcingConfig(
-        output_dir=str(folder / "training"),
-        seed=seed,
-        max_length=256,
-        response_length=ANSWER_LENGTH,
-        max_steps=arguments.max_steps,
-        per_device_train_batch_size=arguments.batch_size,
-        learning_rate=arguments.learning_rate,
-        warmup_steps=50,
-        torch_compile=torch.cuda.is_available(),
-        dataset_num_proc=arguments.num_proc,
-        dataloader_num_workers=4 if torch.cuda.is_available() else 0,
+    settings = {
+        "seed": seed,
+        "max_length": 256,
+        "response_length": ANSWER_LENGTH,
+        "max_steps": arguments.max_steps,
+        "per_device_train_batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "warmup_steps": 50,
+        "torch_compile": torch.cuda.is_available(),
         **TRAINING,
         **changes,
-    )
-    model = LLaDAModelLM.from_pretrained(teacher, dtype=torch.float32)
-    trainer = CertaintyForcingTrainer(model, config, train_dataset=dataset, processing_class=tokenizer)
-    trainer.train()
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return time.time() - start
-
-
-def of_policy(points, unmasking):
-    """The fastest first."""
-    points = [point for point in points if point.decoding["unmasking"] == unmasking]
-    return sorted(points, key=lambda point: point.nfe)
-
-
-def nfe_at(points, accuracy):
-    """The fewest passes that reach an accuracy, interpolated between neighbours of a curve, and whether it may be less
-    (the curve begins above); None if none does."""
-    if points[0].accuracy >= accuracy:
-        return points[0].nfe, True
-    for fast, slow in itertools.pairwise(points):
-        if slow.accuracy >= accuracy:
-            share = (accuracy - fast.accuracy) / (slow.accuracy - fast.accuracy)
-            return fast.nfe + share * (slow.nfe - fast.nfe), False
-    return None
-
-
-def spread(results):
-    """Mean, lowest and highest of the seeds that reach the accuracy."""
-    reached = [result for result in results if result is not None]
-    if len(reached) < len(results):
-        return "not reached" if not reached else f"reached by {len(reached)} of {len(results)} seeds"
-    values, sign = [value for value, _ in reached], "≤ " if any(is_bound for _, is_bound in reached) else ""
-    mean = f"{sign}{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    }
+    workers = 4 if torch.cuda.is_available() else 0
+    return train_student(
+        teacher, folder, dataset, tokenizer, settings, digest=model_digest(load(teacher)),
+        dataset_num_proc=arguments.num_proc, dataloader_num_workers=workers,
+    )  # fmt: skip
 
 
 def report(results, folder):
@@ -326,13 +279,13 @@ def main():
     for variant, seed in itertools.product(arguments.variants, arguments.seeds):
         path = folder / "students" / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
         rounds = students[variant, seed] = [path / "round-1"]
-        train_student(TEACHER, path / "round-1", dataset, tokenizer, arguments, seed, VARIANTS[variant])
+        student_of(TEACHER, path / "round-1", dataset, tokenizer, arguments, seed, VARIANTS[variant])
         with_rounds = variant in WITH_ROUNDS and seed == FIRST_SEED
         for number in range(2, arguments.rounds + 1 if with_rounds else 2):
             teacher, prompt_seed = rounds[-1] / "model", PROMPT_SEED + number - 1
             answers = right_answers(teacher, path / f"trajectories-{number}", prompt_seed, arguments, tokenizer)
             rounds.append(path / f"round-{number}")
-            train_student(teacher, rounds[-1], answers, tokenizer, arguments, seed, VARIANTS[variant])
+            student_of(teacher, rounds[-1], answers, tokenizer, arguments, seed, VARIANTS[variant])
 
     def amount(limit):
         limit = min(limit, arguments.problems)

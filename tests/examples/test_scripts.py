@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser
 
+from dparallel.evaluation.students import nfe_at, spread
 from dparallel.hub_cards import load_measurements, push_dataset
 from dparallel.hub_cards.command_line import CommandParser
 from dparallel.modeling import DiffusionGenerationConfig, LLaDAModelLM
@@ -293,12 +294,12 @@ def test_final_number(answer, response, is_right):
 
 def test_passes_at_an_accuracy_are_interpolated():
     points = [SimpleNamespace(nfe=nfe, accuracy=value) for nfe, value in ((8, 0.5), (10, 0.9), (20, 0.95))]
-    assert distillation.nfe_at(points, 0.7) == (pytest.approx(9), False)
-    assert distillation.nfe_at(points, 0.95) == (pytest.approx(20), False)
-    assert distillation.nfe_at(points, 0.4) == (8, True) and distillation.nfe_at(points, 0.96) is None
-    assert distillation.spread([(9.0, False), (10.0, False), (11.0, False)]) == "10.0 (9.0 to 11.0)"
-    assert distillation.spread([(9.0, True)]) == "≤ 9.0"
-    assert distillation.spread([(9.0, False), None]) == "reached by 1 of 2 seeds"
+    assert nfe_at(points, 0.7) == (pytest.approx(9), False)
+    assert nfe_at(points, 0.95) == (pytest.approx(20), False)
+    assert nfe_at(points, 0.4) == (8, True) and nfe_at(points, 0.96) is None
+    assert spread([(9.0, False), (10.0, False), (11.0, False)]) == "10.0 (9.0 to 11.0)"
+    assert spread([(9.0, True)]) == "≤ 9.0"
+    assert spread([(9.0, False), None]) == "reached by 1 of 2 seeds"
 
 
 def test_quantized_models_are_asked_for():

@@ -59,6 +59,7 @@ NOTED = (
     "python",
     "python3",
     "source",
+    "trl",
 )
 # Commands that are run, too, with these flags behind those of the page.
 TRAINING = "--use_cpu true --bf16 false --report_to none --max_steps 1 --per_device_train_batch_size 1".split()
@@ -273,6 +274,8 @@ def test_the_commands_are_understood(page, tmp_path):
         elif words[0] == "pip":
             extras = re.findall(r"\[([\w,-]+)\]", where)
             assert {name for each in extras for name in each.split(",")} <= set(declared), where
+        elif words[0] == "trl":
+            assert (ROOT / words[words.index("--config") + 1]).is_file(), where
         elif (command := split_command(words)) is not None:
             check_arguments(*command)
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser
+from trl import DatasetMixtureConfig, ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
 from dparallel.evaluation.students import nfe_at, spread
 from dparallel.hub_cards import load_measurements, push_dataset
@@ -325,6 +325,19 @@ def test_the_settings_of_the_fine_tuning_of_real_weights_are_understood():
     arguments, config, model = parser.parse_args_and_config(flags)
     assert (arguments.dataset_name, config.max_length) == ("runs/gsm8k/rows/train.jsonl", 384)
     assert model.dtype == "float32" and not model.use_peft  # all weights, which must not be rounded
+
+
+def test_the_baseline_differs_in_how_it_is_trained_alone():
+    """By TRL's own command; the same rows, examples of a step, and learning rate."""
+    flags = ["--bf16", "false", "--config"]
+    parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, DatasetMixtureConfig))
+    _, baseline, model, mixture = parser.parse_args_and_config([*flags, str(EXAMPLES / "gsm8k/autoregressive.yaml")])
+    parser = TrlParser((fine_tune.FineTuneArguments, MaskedDiffusionConfig, ModelConfig))
+    arguments, ours, our_model = parser.parse_args_and_config([*flags, str(EXAMPLES / "gsm8k/fine_tune.yaml")])
+    assert [mixture.datasets[0].data_files, model.dtype] == [arguments.dataset_name, our_model.dtype]
+    for name in ("max_length", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+                 "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2"):  # fmt: skip
+        assert getattr(baseline, name) == getattr(ours, name), name
 
 
 @pytest.mark.parametrize("config", sorted((EXAMPLES / "accelerate_configs").iterdir()), ids=lambda path: path.stem)

@@ -46,6 +46,8 @@ def from_autoregressive(
 
     Models of the shapes of Llama and Qwen2 become a `DreamModel`, where Llama's missing biases are zeros; those of the
     shape of Qwen3 an `SDARForCausalLM`. The logits at a position still predict the next token (`logits_shift` of 1).
+    Tokens of a prompt see their whole block, too, as in SDAR, and not only what is before them, as in the checkpoint:
+    so the blocks of a text do not depend on where its prompt ended, and what is kept of a conversation stays valid.
     With `block_length=1`, the result is the autoregressive model: attention is causal, and `generate()` writes what
     transformers' greedy `generate()` does. Of the generation configuration, only the special tokens are kept.
 

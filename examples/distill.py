@@ -132,7 +132,7 @@ def train_and_merge(trainer, model_arguments, what):
     trainer.accelerator.wait_for_everyone()
     if trainer.accelerator.is_main_process:
         print(
-            f"In {merged}: the {what} model. Next, to evaluate it: accelerate launch "
+            f"In {merged}: the {what} model. Next, to evaluate it on GSM8K: accelerate launch "
             f"examples/gsm8k/evaluate_gsm8k.py --model {merged} --output_dir {Path(config.output_dir) / 'gsm8k'}"
         )
 

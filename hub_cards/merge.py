@@ -6,15 +6,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, load_peft_weights
+from peft import LoraConfig, PeftConfig, PeftModel, load_peft_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 import dparallel.modeling  # noqa: F401  (registers the model families with AutoModelForCausalLM)
 
 from .hub_ids import check_folder_or_hub_id, file_of, is_hub_id
 from .model_cards import TRAINING_FILE, save_training
 
+logger = logging.get_logger(__name__)
+
+ADAPTER_FILE = "adapter_config.json"
+LARGE_LOSS = 0.25  # of the adapter's changes, by rounding
 # Where peft keeps the weight of a whole embedding or head, behind the module's name.
 WHOLE_WEIGHTS = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
 
@@ -35,12 +40,14 @@ def merge_adapter(
         merge_adapter("out", "merged", unmasking="entropy_threshold", threshold=0.5)
 
     Embedding and head that share their weights go apart where the adapter makes them differ, and `config.json` says
-    which of the two is the case.
+    which of the two is the case. The result has the base model's dtype: a warning says where rounding to it loses much
+    of what a LoRA adapter changes, as after few steps in float32 on a model in bfloat16.
 
     Args:
         adapter (`PeftModel`, `str` or `Path`): the trained model, whose adapter is merged in place, or a folder or Hub
             id of an adapter, whose base model is then loaded.
-        output_dir (`str` or `Path`): where the checkpoint goes.
+        output_dir (`str` or `Path`): where the checkpoint goes; not where an adapter is, which would be applied to it
+            again when it is loaded.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): defaults to the adapter's, or else to the base model's.
         base_model (`str`, *optional*): folder or Hub id of the base model, if it is not where the adapter says.
         model_init_kwargs (`dict`, *optional*): of `from_pretrained` for the base model; `dtype="auto"` by default.
@@ -52,8 +59,14 @@ def merge_adapter(
 
     Raises:
         ValueError: before anything is written: if there is no adapter, if it is one that cannot be merged, if its base
-            model is missing or lacks tokens that the adapter does not hold, or for wrong generation settings.
+            model is missing or lacks tokens that the adapter does not hold, if `output_dir` holds an adapter, or for
+            wrong generation settings.
     """
+    if (Path(output_dir) / ADAPTER_FILE).exists():
+        raise ValueError(
+            f"`output_dir={str(output_dir)!r}` is not allowed: it holds an adapter, which would be applied to the "
+            f"merged model again when that is loaded. It must be another folder."
+        )
     if isinstance(adapter, PreTrainedModel):
         raise ValueError(f"`adapter` is a {type(adapter).__name__} without an adapter: save_pretrained() is enough.")
     source = None
@@ -151,7 +164,7 @@ def decoding_of(source: str | Path, revision: str | None = None) -> dict:
 
 def _adapter_config(adapter, revision=None):
     check_folder_or_hub_id("adapter", adapter)
-    if Path(adapter).is_dir() and not (Path(adapter) / "adapter_config.json").exists():
+    if Path(adapter).is_dir() and not (Path(adapter) / ADAPTER_FILE).exists():
         raise ValueError(f"`adapter={str(adapter)!r}` is not allowed: the folder holds no adapter_config.json.")
     return PeftConfig.from_pretrained(str(adapter), revision=revision)
 
@@ -262,6 +275,7 @@ def _merged(adapter):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     if shared:
         base.config.tie_word_embeddings = False
+    _warn_of_rounding(adapter)
     try:
         model = adapter.merge_and_unload(safe_merge=True)
     except NotImplementedError as error:
@@ -272,3 +286,29 @@ def _merged(adapter):
     if head is not None:
         model.config.tie_word_embeddings = head.weight is embedding.weight
     return model
+
+
+@torch.no_grad()
+def _warn_of_rounding(adapter):
+    """Say how much of what LoRA changes is lost where weights are too coarse to hold it."""
+    changed = lost = 0.0
+    names = [name for name in adapter.active_adapters if _is_plain_lora(adapter.peft_config[name])]
+    for module in adapter.base_model.modules():
+        for name in names:
+            if name not in getattr(module, "lora_A", ()):
+                continue
+            weight = module.get_base_layer().weight
+            if weight.is_floating_point() and weight.dtype.itemsize < 4:
+                change = module.get_delta_weight(name).float()
+                rounded = (weight.float() + change).to(weight.dtype).float() - weight.float()
+                changed += change.square().sum().item()
+                lost += (rounded - change).square().sum().item()
+    if lost > LARGE_LOSS**2 * changed:
+        logger.warning(
+            f"Rounding loses {(lost / changed) ** 0.5:.0%} of what the adapter changes (root mean square): the base "
+            f'model is in {adapter.dtype}. To keep it, merge in float32: `model_init_kwargs={{"dtype": "float32"}}`.'
+        )
+
+
+def _is_plain_lora(config):
+    return isinstance(config, LoraConfig) and not config.use_dora

@@ -45,6 +45,8 @@ OTHER_POLICIES = {
 OTHER_NAMES = {
     "gen_length": "`max_new_tokens`",
     "max_gen_toks": "`max_new_tokens`",
+    "max_tokens": "`max_new_tokens`",
+    "batch_size": "`max_batch_size`, of `generate_batch()` and `generate_each()`",
     "remasking": '`unmasking`: "low_confidence" is unmasking="confidence", and "random" is unmasking="random"',
     "remasking_strategy": '`unmasking`: "low_confidence_static" is "confidence", "low_confidence_dynamic" is '
     '"confidence_threshold", "sequential" is "leftmost"; "entropy_bounded" is no policy here',

@@ -106,7 +106,8 @@ def check_prompt(limits: Limits, config: DiffusionGenerationConfig, prompt: Any,
     except TypeError:  # text, or what else is no integer
         is_list = False
     if not is_list:
-        raise ValueError(f"`{name}` is {_shortened(prompt)}: it must be a list of token ids.")
+        hint = ', such as its `["input_ids"]`' if hasattr(prompt, "keys") else ""
+        raise ValueError(f"`{name}` is {_shortened(prompt)}: it must be a list of token ids{hint}.")
     if not ids and (not limits.is_empty_allowed or config.bos_token_id is None):
         raise ValueError(f"`{name}` is empty: it must hold at least one token.")
     ids = ids or [config.bos_token_id]

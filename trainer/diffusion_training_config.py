@@ -1,6 +1,6 @@
 """Arguments that all trainers of masked diffusion models share."""
 
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -79,6 +79,9 @@ class DiffusionTrainingConfig(TrainingArguments):
     )
 
     def __post_init__(self):
+        for each in fields(self):
+            value, is_own = getattr(self, each.name), each.name not in TrainingArguments.__dataclass_fields__
+            self._require(not is_own or not isinstance(value, str) or "str" in str(each.type), each.name, "no text")
         for name in ("response_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1, or None")

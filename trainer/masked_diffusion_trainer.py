@@ -29,6 +29,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, HubStrategy, TrainOutput, has_length
 
 from dparallel.hub_cards.card_metadata import as_list
+from dparallel.hub_cards.hub_ids import check_folder_or_hub_id
 from dparallel.hub_cards.model_cards import model_card
 from dparallel.hub_cards.upload import files_to_push, upload
 from dparallel.modeling import token_statistics  # also registers the model families with AutoModelForCausalLM
@@ -150,7 +151,10 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be a {self._config_class.__name__}.")
         set_seed(args.seed)
         init_kwargs: Any = args.model_init_kwargs or {}  # JSON of a command is a dict by now
+        if peft_config is not None and not isinstance(peft_config, PeftConfig):
+            raise ValueError(f"`peft_config={peft_config!r}` is not allowed: it must be a PeftConfig, as LoraConfig.")
         if isinstance(model, str):
+            check_folder_or_hub_id("model", model)
             model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         elif args.model_init_kwargs is not None:
             raise ValueError("`model_init_kwargs` was given, but `model` is already loaded: they would be ignored.")

@@ -73,6 +73,8 @@ def tokenize_example(
     """One row of a dataset to `input_ids` and `prompt_length`. The response ends with end-of-text, and is filled up
     with it, see `lay_out_tokens`; `text` is not filled up."""
     if "messages" in example:
+        if not example["messages"] or not is_conversational({"messages": example["messages"]}):
+            raise ValueError(f"`messages={example['messages']!r}` is not allowed: it must be a list of messages.")
         *prompt, answer = example["messages"]
         if answer["role"] != "assistant":
             raise ValueError(f"`messages` must end with the assistant's, but the last role is {answer['role']!r}.")

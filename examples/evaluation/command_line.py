@@ -42,7 +42,10 @@ def find_task(name: str) -> Task:
         return TASKS[name]
     path, _, attribute = name.rpartition(":")
     if not path or not Path(path).is_file():
-        raise ValueError(f"`task={name!r}` is not allowed: it must be one of {sorted(TASKS)}, or path.py:NAME.")
+        raise ValueError(
+            f"`task={name!r}` is not allowed: it must be one of {sorted(TASKS)}, or path.py:NAME, "
+            f"such as examples/word_problems/evaluate_word_problems.py:WORD_PROBLEMS."
+        )
     task = load_from_file(path, attribute)
     if not isinstance(task, Task):
         raise ValueError(f"`task={name!r}` is not allowed: {path} has no Task of the name {attribute!r}.")

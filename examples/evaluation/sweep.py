@@ -202,7 +202,7 @@ def main() -> None:
             f"In {folder}: results.json, sweep.md and sweep.png. Next, to save the fastest threshold that is accurate "
             f"enough on problems that you do not report: python -m dparallel.evaluation.calibrate "
             f"--task {arguments.task} --model {arguments.model}{in_words(arguments, 'data', 'limit')} "
-            f"--split {'validation' if 'validation' in task.files else 'train'}"
+            f"--split {task.calibration_split}"
         )
 
 

@@ -49,6 +49,7 @@ class Task:
             would begin. Decoding stops there, and what is behind does not count.
         max_new_tokens (`int`): of an answer.
         runs_code (`bool`): is the answer a program that must be run?
+        calibration_split (`str`): of problems that are not reported, on which thresholds may be chosen.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Task:
     stop_strings: tuple[str, ...] = ()
     max_new_tokens: int = 256
     runs_code: bool = False
+    calibration_split: str = "train"
 
     def load(self, split: str | None = None, data: str | Path | None = None) -> Dataset:
         """The rows of a split: from `data` or the folder DPARALLEL_DATA, if either is given, else from the Hub.
@@ -255,6 +257,7 @@ MBPP = Task(
     first_example=1,
     num_fewshot=3,
     runs_code=True,
+    calibration_split="validation",
 )
 
 
@@ -277,5 +280,6 @@ HUMANEVAL = Task(
     is_right=_is_right_humaneval,
     stop_strings=("\nWrite a solution to the following problem and make sure",),
     runs_code=True,
+    calibration_split="test",  # there is no other
 )
 TASKS = {"gsm8k": GSM8K, "math": MATH, "mbpp": MBPP, "humaneval": HUMANEVAL}

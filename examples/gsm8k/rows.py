@@ -46,6 +46,7 @@ def _task(name, file):
         columns=("question", "answer"),
         ask=lambda row: row["question"],
         is_right=lambda row, text: same_number(text, row["answer"]),
+        calibration_split="test",
     )
 
 

@@ -41,6 +41,7 @@ WORD_PROBLEMS = GeneratedTask(
     ask=lambda row: row["question"],
     is_right=lambda row, text: is_correct(text, row["answer"]),
     max_new_tokens=128,
+    calibration_split="validation",
 )
 
 if __name__ == "__main__":

@@ -185,7 +185,9 @@ def test_distill_makes_a_model_from_prompts(tmp_path, prompts_file, reader, word
     result = call("distill.py", *flags, *(["--use_peft"] if use_peft else []), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "answers are right" in result.stdout and "eval_decoding_accuracy" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("In out/merged: the distilled model. Next, to evaluate it: ")
+    assert result.stdout.splitlines()[-1].startswith(
+        "In out/merged: the distilled model. Next, to evaluate it on GSM8K: "
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", trust_remote_code=True)
     assert (model.generation_config.unmasking, model.generation_config.threshold) == ("entropy_threshold", 0.3)
     assert (tmp_path / "out" / "merged" / "tokenizer.json").exists()
@@ -256,7 +258,9 @@ def test_fine_tune_makes_a_model_of_rows(tmp_path, use_peft):
     result = call("fine_tune.py", *flags.split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "eval_masked_accuracy" in result.stdout
-    assert result.stdout.splitlines()[-1].startswith("In out/merged: the fine-tuned model. Next, to evaluate it: ")
+    assert result.stdout.splitlines()[-1].startswith(
+        "In out/merged: the fine-tuned model. Next, to evaluate it on GSM8K: "
+    )
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "merged", trust_remote_code=True)
     assert merged.config.block_causal_length == 16
     before = model.state_dict()

@@ -1,6 +1,7 @@
 """Merging: the plain checkpoint is the adapted model, with everything that it needs."""
 
 import itertools
+import re
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from peft import (
 )
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
 
 from dparallel.hub_cards import load_adapted, merge_adapter, push_model
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
@@ -115,6 +117,39 @@ def test_what_cannot_be_merged(tmp_path, family, small_model, word_tokenizer):
     query = f"{family.blocks}.0.{family.projections[0]}"
     assert adapted.base_model.model.get_submodule(query).lora_A  # still there
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["llada"], indirect=True)
+def test_a_folder_does_not_hold_an_adapter_and_its_merged_model(trained, tmp_path, word_tokenizer):
+    """`from_pretrained` would apply the adapter to it a second time."""
+    for adapter in (trained, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match=r"`output_dir=.*adapter'` is not allowed: it holds an adapter"):
+            merge_adapter(adapter, tmp_path / "adapter", word_tokenizer)
+    assert not (tmp_path / "adapter" / "config.json").exists()
+
+
+@pytest.mark.parametrize("family", ["llada"], indirect=True)
+@pytest.mark.parametrize(("dtype", "scale"), [("float32", 1e-5), ("bfloat16", 1e-5), ("bfloat16", 1.0)])
+def test_what_rounding_loses_is_said(small_model, tmp_path, word_tokenizer, caplog, dtype, scale):
+    """Against the same sum by hand, of all weights before and after."""
+    model = small_model().to(getattr(torch, dtype))
+    before = {name: weight.double() for name, weight in model.state_dict().items()}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=True)
+    torch.manual_seed(0)
+    changes = {}
+    for name, module in adapted.base_model.model.named_modules():
+        if hasattr(module, "lora_B"):
+            module.lora_B["default"].weight.data.normal_(std=scale)
+            changes[f"{name}.weight"] = module.get_delta_weight("default").detach().double()
+    hf_logging.enable_propagation()
+    with caplog.at_level("WARNING"):
+        merged = merge_adapter(adapted, tmp_path / "merged", word_tokenizer).state_dict()
+    hf_logging.disable_propagation()
+    lost = sum((merged[name].double() - before[name] - change).square().sum() for name, change in changes.items())
+    share = (lost / sum(change.square().sum() for change in changes.values())).sqrt().item()
+    said = re.search(r"Rounding loses (\d+)% of what the adapter changes", caplog.text)
+    assert (said is not None) == (share > 0.25) == (dtype == "bfloat16" and scale < 1)
+    assert said is None or abs(int(said[1]) - 100 * share) <= 1
 
 
 SHAPE = {

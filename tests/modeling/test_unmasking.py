@@ -161,11 +161,18 @@ def idle(statistics, masked, *, threshold):
     return torch.zeros_like(masked)
 
 
+def shares(statistics, masked, *, threshold):
+    return statistics.confidence
+
+
 def test_a_policy_that_writes_nothing_is_an_error(model, prompt, monkeypatch):
     monkeypatch.setitem(POLICIES, "idle", Policy(idle, default=0.5))
     for cache in ("none", "dual"):
         with pytest.raises(ValueError, match="`unmasking='idle'` wrote nothing in some passes"):
             model.generate(prompt, max_new_tokens=12, block_length=4, unmasking="idle", block_cache=cache)
+    monkeypatch.setitem(POLICIES, "shares", Policy(shares, default=0.5))
+    with pytest.raises(ValueError, match=r"policy 'shares' returned torch.float32 of shape .* it must be bool"):
+        model.generate(prompt, max_new_tokens=12, block_length=4, unmasking="shares")
     monkeypatch.setitem(POLICIES, "idle", idle)
     with pytest.raises(ValueError, match=r"`POLICIES\['idle'\]` is a function: it must be a `Policy`"):
         model.generate(prompt, unmasking="idle")

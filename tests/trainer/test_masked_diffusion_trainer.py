@@ -223,6 +223,8 @@ def test_much_padding_is_mentioned(tmp_path, word_tokenizer, caplog, make_traine
     [
         (Dataset.from_list([{"question": "a", "answer": "b"}]), r"has the columns \['answer', 'question'\]"),
         (Dataset.from_dict({"prompt": [], "completion": []}), "`train_dataset` is empty"),
+        (Dataset.from_list([{"messages": "Hi"}]), "`messages='Hi'` is not allowed: it must be a list of messages"),
+        (Dataset.from_list([{"messages": []}]), r"`messages=\[\]` is not allowed: it must be a list of messages"),
     ],
 )
 def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message, make_trainer):
@@ -234,6 +236,8 @@ def test_wrong_datasets(tmp_path, word_tokenizer, dataset, message, make_trainer
     ("changes", "name"),
     [
         ({"max_length": 0}, "max_length=0"),
+        ({"max_length": "64"}, "max_length='64'"),
+        ({"dataset_num_proc": "2"}, "dataset_num_proc='2'"),
         ({"loss_weighting": "t"}, "loss_weighting='t'"),
         ({"block_length": -1}, "block_length=-1"),
         ({"response_length": 0}, "response_length=0"),
@@ -259,6 +263,10 @@ def test_models_that_cannot_be_trained(tmp_path, word_tokenizer, make_trainer, s
         MaskedDiffusionTrainer(small_model(), settings(tmp_path), compute_metrics=print)
     with pytest.raises(ValueError, match="model_init_kwargs"):
         make_trainer(tmp_path, word_tokenizer, model_init_kwargs={"dtype": "float32"})
+    with pytest.raises(ValueError, match=r"`peft_config=\{'r': 8\}` is not allowed: it must be a PeftConfig"):
+        MaskedDiffusionTrainer(small_model(), settings(tmp_path), peft_config={"r": 8})
+    with pytest.raises(ValueError, match="`model='/no/where/else'` is not allowed: there is no such folder"):
+        MaskedDiffusionTrainer("/no/where/else", settings(tmp_path))
 
 
 def test_a_model_without_a_tokenizer(tmp_path, small_model):

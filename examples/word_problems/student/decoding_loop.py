@@ -130,6 +130,12 @@ def decode_step(
     else:
         count = {"count": plan.quota[:, None]} if settings.has_quota else {}
         accepted = settings.select(statistics, masked, threshold=canvas.threshold, **count)
+    if accepted.dtype != torch.bool or accepted.shape != masked.shape:
+        name = getattr(settings.select, "__name__", settings.select)
+        raise ValueError(
+            f"The unmasking policy {name!r} returned {accepted.dtype} of shape {tuple(accepted.shape)}: it must be "
+            f"bool, of the shape {tuple(masked.shape)} of `masked`."
+        )
     canvas.write(plan, masked, statistics, accepted)
 
 

@@ -20,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 ADAPTER_FILE = "adapter_config.json"
 LARGE_LOSS = 0.25  # of the adapter's changes, by rounding
+ROWS_AT_A_TIME = 1024  # of a weight
 # Where peft keeps the weight of a whole embedding or head, behind the module's name.
 WHOLE_WEIGHTS = ("weight", "base_layer.weight", "original_module.weight", "token_adapter.base_layer.weight")
 
@@ -41,7 +42,7 @@ def merge_adapter(
 
     Embedding and head that share their weights go apart where the adapter makes them differ, and `config.json` says
     which of the two is the case. The result has the base model's dtype: a warning says where rounding to it loses much
-    of what a LoRA adapter changes, as after few steps in float32 on a model in bfloat16.
+    of what a LoRA adapter changes in linear layers, as after few steps in float32 on a model in bfloat16.
 
     Args:
         adapter (`PeftModel`, `str` or `Path`): the trained model, whose adapter is merged in place, or a folder or Hub
@@ -87,7 +88,7 @@ def merge_adapter(
     generation_config = _updated(adapter.generation_config, generation_settings)
     if tokenizer is None:
         tokenizer = load_tokenizer(source, base_model or adapter.active_peft_config.base_model_name_or_path)
-    model = _merged(adapter)
+    model = _merged(adapter, source is not None)
     model.generation_config = generation_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
@@ -263,7 +264,7 @@ def _updated(generation_config, settings):
     return config
 
 
-def _merged(adapter):
+def _merged(adapter, is_loaded):
     """The plain model. A weight that embedding and head share would take up what the adapter does to either of them:
     each is merged into its own, and they share one again if both came out the same."""
     base = adapter.get_base_model()
@@ -275,7 +276,7 @@ def _merged(adapter):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     if shared:
         base.config.tie_word_embeddings = False
-    _warn_of_rounding(adapter)
+    _warn_of_rounding(adapter, is_loaded)
     try:
         model = adapter.merge_and_unload(safe_merge=True)
     except NotImplementedError as error:
@@ -289,26 +290,28 @@ def _merged(adapter):
 
 
 @torch.no_grad()
-def _warn_of_rounding(adapter):
-    """Say how much of what LoRA changes is lost where weights are too coarse to hold it."""
+def _warn_of_rounding(adapter, is_loaded):
+    """Say how much of what LoRA changes in linear layers is lost where their weights are too coarse to hold it."""
     changed = lost = 0.0
     names = [name for name in adapter.active_adapters if _is_plain_lora(adapter.peft_config[name])]
     for module in adapter.base_model.modules():
-        for name in names:
-            if name not in getattr(module, "lora_A", ()):
-                continue
-            weight = module.get_base_layer().weight
-            if weight.is_floating_point() and weight.dtype.itemsize < 4:
-                change = module.get_delta_weight(name).float()
-                rounded = (weight.float() + change).to(weight.dtype).float() - weight.float()
-                changed += change.square().sum().item()
-                lost += (rounded - change).square().sum().item()
+        here = [name for name in names if name in getattr(module, "lora_A", ())]
+        weight = getattr(module.get_base_layer(), "weight", None) if here else None
+        if weight is None or not weight.is_floating_point() or weight.dtype.itemsize == 4:
+            continue
+        change = sum(module.get_delta_weight(name) for name in here)
+        for before, wanted in zip(weight.split(ROWS_AT_A_TIME), change.split(ROWS_AT_A_TIME), strict=True):
+            wanted = wanted.float()
+            got = (before.float() + wanted).to(weight.dtype).float() - before.float()
+            changed += wanted.square().sum().item()
+            lost += (got - wanted).square().sum().item()
     if lost > LARGE_LOSS**2 * changed:
+        how = "`model_init_kwargs={'dtype': 'float32'}`" if is_loaded else "`merge_adapter(model.float(), ...)`"
         logger.warning(
             f"Rounding loses {(lost / changed) ** 0.5:.0%} of what the adapter changes (root mean square): the base "
-            f'model is in {adapter.dtype}. To keep it, merge in float32: `model_init_kwargs={{"dtype": "float32"}}`.'
+            f"model is in {adapter.dtype}. To keep it, merge in float32: {how}."
         )
 
 
 def _is_plain_lora(config):
-    return isinstance(config, LoraConfig) and not config.use_dora
+    return isinstance(config, LoraConfig) and not config.use_dora and not config.target_parameters

@@ -1,7 +1,7 @@
 """Arguments that all trainers of masked diffusion models share."""
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Any, get_args
 
 from transformers import TrainingArguments
 
@@ -80,8 +80,9 @@ class DiffusionTrainingConfig(TrainingArguments):
 
     def __post_init__(self):
         for each in fields(self):
-            value, is_own = getattr(self, each.name), each.name not in TrainingArguments.__dataclass_fields__
-            self._require(not is_own or not isinstance(value, str) or "str" in str(each.type), each.name, "no text")
+            is_number = set(get_args(each.type) or (each.type,)) <= {int, float, bool, type(None)}
+            if is_number and each.name not in TrainingArguments.__dataclass_fields__:
+                self._require(not isinstance(getattr(self, each.name), str), each.name, "a number, and not text")
         for name in ("response_length", "pad_to_multiple_of"):
             value = getattr(self, name)
             self._require(value is None or value >= 1, name, "at least 1, or None")

@@ -103,7 +103,8 @@ class MaskedDiffusionTrainer(Trainer):
     Under DDP one with weights that a pass may leave out, as experts, needs `ddp_find_unused_parameters=True`.
 
     Args:
-        model (`str` or `PreTrainedModel`): name or path for `AutoModelForCausalLM.from_pretrained`, or the model.
+        model (`str`, `Path` or `PreTrainedModel`): name or path for `AutoModelForCausalLM.from_pretrained`, or the
+            model.
         args (`MaskedDiffusionConfig`, *optional*): settings.
         data_collator (*optional*): defaults to `DataCollatorForMaskedDiffusion`.
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, or for evaluation a dict of them): rows with
@@ -130,7 +131,7 @@ class MaskedDiffusionTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         args: MaskedDiffusionConfig | None = None,
         data_collator: Callable | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -145,7 +146,7 @@ class MaskedDiffusionTrainer(Trainer):
             raise ValueError("`compute_metrics` is not supported: logits of whole batches are never kept.")
         if args is None:
             args = MaskedDiffusionConfig(
-                output_dir=f"{Path(str(model)).name if isinstance(model, str) else 'model'}-ft"
+                output_dir=f"{Path(model).name if isinstance(model, (str, Path)) else 'model'}-ft"
             )
         if not isinstance(args, self._config_class):
             raise ValueError(f"`args` is a {type(args).__name__}: it must be a {self._config_class.__name__}.")
@@ -153,7 +154,7 @@ class MaskedDiffusionTrainer(Trainer):
         init_kwargs: Any = args.model_init_kwargs or {}  # JSON of a command is a dict by now
         if peft_config is not None and not isinstance(peft_config, PeftConfig):
             raise ValueError(f"`peft_config={peft_config!r}` is not allowed: it must be a PeftConfig, as LoraConfig.")
-        if isinstance(model, str):
+        if isinstance(model, (str, Path)):
             check_folder_or_hub_id("model", model)
             model = AutoModelForCausalLM.from_pretrained(model, **init_kwargs)
         elif args.model_init_kwargs is not None:

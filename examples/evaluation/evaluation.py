@@ -214,7 +214,7 @@ def verdicts_of(output_dir: str | Path) -> list[bool]:
     """Which of its questions an evaluation has right."""
     return [
         json.loads(line)["correct"]
-        for line in (Path(output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").splitlines()
+        for line in (Path(output_dir) / SAMPLES_FILE).read_text(encoding="utf-8").rstrip("\n").split("\n")
     ]
 
 

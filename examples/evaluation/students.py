@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset
+from filelock import FileLock
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from dparallel.hub_cards import merge_adapter
 from dparallel.hub_cards.measurements import Measurement
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
 from dparallel.trainer.resumable_shards import map_in_shards
+from dparallel.trainer.trajectories import rows_digest
 
 
 def train_student(
@@ -34,18 +38,25 @@ def train_student(
     Args:
         teacher (`str` or `Path`): the model that students begin as.
         folder (`Path`): of this student alone. After a kill, the training begins again.
-        dataset (`Dataset`): trajectories.
+        dataset (`Dataset`): trajectories, with `input_ids` and `prompt_length`.
         tokenizer (`PreTrainedTokenizerBase`): of the teacher.
         settings (dict): fields of `CertaintyForcingConfig`.
         digest (`str`): of the teacher (`model_digest`).
         peft_config (`PeftConfig`, *optional*): train an adapter, which is merged, instead of all weights.
         machine: fields of `CertaintyForcingConfig` that decide nothing of the result, such as `dataset_num_proc`.
 
+    Several processes may ask for the same student: one trains it, the others wait.
+
     Raises:
-        ValueError: if `folder` has a student of other settings, naming them.
+        ValueError: if `folder` has a student of another teacher, other answers or other settings, naming what differs;
+            under `accelerate launch` with several processes, which this training does not take.
     """
-    job = {"teacher": digest, "answers": len(dataset), "settings": settings}
-    job |= {} if peft_config is None else {"adapter": str(peft_config)}
+    if PartialState().num_processes > 1:
+        raise ValueError("A student is trained by one process: start this without `accelerate launch`.")
+    answers = rows_digest(dataset.select_columns(["input_ids", "prompt_length"]))
+    job = {"teacher": digest, "answers": answers, "settings": settings}
+    if peft_config is not None:
+        job["adapter"] = {name: str(value) for name, value in sorted(peft_config.to_dict().items()) if value}
 
     def compute(number, names):
         start = time.perf_counter()
@@ -59,13 +70,18 @@ def train_student(
             peft_config=peft_config,
         )
         trainer.train()
-        model = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-        model = model if peft_config is None else model.merge_and_unload()
-        model.to(torch.bfloat16).save_pretrained(folder / "model")
-        tokenizer.save_pretrained(folder / "model")
+        if peft_config is None:
+            trainer.model.to(torch.bfloat16)
+            trainer.save_model(str(folder / "model"))
+        else:
+            trainer.save_model(str(folder / "adapter"))
+            merged = merge_adapter(trainer.model, folder / "model", tokenizer)
+            merged.to(torch.bfloat16).save_pretrained(folder / "model")
         return [{"seconds": time.perf_counter() - start}]
 
-    map_in_shards(compute, [folder.name], folder, job, shard_size=1, desc=folder.name)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "lock"):
+        map_in_shards(compute, [folder.name], folder, job, shard_size=1, desc=folder.name)
     return folder / "model"
 
 

@@ -198,12 +198,17 @@ def main() -> None:
         (folder / "sweep.md").write_text(report, encoding="utf-8")
         plot(with_aup(lines), folder / "sweep.png", title)
         print(report)
-        print(
-            f"In {folder}: results.json, sweep.md and sweep.png. Next, to save the fastest threshold that is accurate "
-            f"enough on problems that you do not report: python -m dparallel.evaluation.calibrate "
-            f"--task {arguments.task} --model {arguments.model}{in_words(arguments, 'data', 'limit')} "
-            f"--split {task.calibration_split}"
+        following = (
+            f"for the model's card: python -m dparallel.hub_cards.push_model {arguments.model} user/my-model "
+            f"--results {folder / RESULTS_FILE} --dry_run {folder / 'card'}"
         )
+        if task.calibration_split is not None:
+            following = (
+                f"to save the fastest threshold that is accurate enough on problems that you do not report: python -m "
+                f"dparallel.evaluation.calibrate --task {arguments.task} --model {arguments.model}"
+                f"{in_words(arguments, 'data', 'limit')} --split {task.calibration_split}"
+            )
+        print(f"In {folder}: results.json, sweep.md and sweep.png. Next, {following}")
 
 
 if __name__ == "__main__":

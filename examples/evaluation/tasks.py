@@ -49,7 +49,7 @@ class Task:
             would begin. Decoding stops there, and what is behind does not count.
         max_new_tokens (`int`): of an answer.
         runs_code (`bool`): is the answer a program that must be run?
-        calibration_split (`str`): of problems that are not reported, on which thresholds may be chosen.
+        calibration_split (`str`, *optional*): of problems that are not reported, on which thresholds may be chosen.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Task:
     stop_strings: tuple[str, ...] = ()
     max_new_tokens: int = 256
     runs_code: bool = False
-    calibration_split: str = "train"
+    calibration_split: str | None = None
 
     def load(self, split: str | None = None, data: str | Path | None = None) -> Dataset:
         """The rows of a split: from `data` or the folder DPARALLEL_DATA, if either is given, else from the Hub.
@@ -214,6 +214,7 @@ GSM8K: Task = Task(
     solve=_solve_gsm8k,
     is_right=lambda row, text: same_number(GSM8K.first_answer(text), row["answer"]),
     stop_strings=("\nQuestion:",),
+    calibration_split="train",
 )
 MATH: Task = Task(
     name="MATH",
@@ -226,6 +227,7 @@ MATH: Task = Task(
     is_right=lambda row, text: same_formula(MATH.first_answer(text), f"\\boxed{{{last_boxed(row['solution'])}}}"),
     stop_strings=("\nProblem:",),
     num_fewshot=4,
+    calibration_split="train",
 )
 
 
@@ -280,6 +282,5 @@ HUMANEVAL = Task(
     is_right=_is_right_humaneval,
     stop_strings=("\nWrite a solution to the following problem and make sure",),
     runs_code=True,
-    calibration_split="test",  # there is no other
 )
 TASKS = {"gsm8k": GSM8K, "math": MATH, "mbpp": MBPP, "humaneval": HUMANEVAL}

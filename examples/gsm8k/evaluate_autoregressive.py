@@ -42,7 +42,7 @@ class Answers:
         """The tokens of the answers from `first` on, each up to and including its end-of-text."""
         prompts = self.prompts[first : first + self.batch_size]
         full = prompts + [prompts[-1]] * (self.batch_size - len(prompts))  # of one shape, as the others
-        ids = torch.full((len(full), self.width), self.model.config.eos_token_id)
+        ids = torch.full((len(full), self.width), min(self.ends))
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(full):
             ids[row, self.width - len(prompt) :], mask[row, self.width - len(prompt) :] = torch.tensor(prompt), 1

@@ -6,9 +6,9 @@ seen:
 
 - A fifth of the templates, the *unseen* ones, is held out of training altogether, and so are rows of GSM8K's training
   set that are worded like one of them. Problems of the other templates are *seen*: worded as training problems are,
-  with other names and numbers.
+  with other numbers.
 - GSM8K's test questions that are worded like any of the templates are taken out of the test.
-- A problem that is tested is no training problem.
+- A problem that is tested is no training problem, not even with other names.
 
 Written are `train.jsonl` (`prompt` and `completion`, messages, as trainers take them), `prompts.jsonl` (the same
 problems, each once, as `question` and `answer`, for trajectories), `gsm8k_rest.jsonl`, `symbolic_seen.jsonl` and
@@ -20,6 +20,7 @@ the files does not need `reasoning-gym`, as the second command does: `pip instal
     python examples/gsm8k/rows.py --output_dir runs/gsm8k/rows
 """
 
+import itertools
 import json
 import random
 import re
@@ -36,6 +37,7 @@ CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's, for a calculator that a model
 LIKE = 0.2  # of templates with the questions that they are of: 0.22 to 1; with others: 0.01 to 0.21 (one: 0.31)
 SEEDS = {"likeness": 1, "seen": 2, "unseen": 3, "train": 4}
 EXAMPLES_OF_A_TEMPLATE = 12
+PART = 10_000  # problems that are drawn at a time
 
 
 def _task(name, file):
@@ -46,7 +48,6 @@ def _task(name, file):
         columns=("question", "answer"),
         ask=lambda row: row["question"],
         is_right=lambda row, text: same_number(text, row["answer"]),
-        calibration_split="test",
     )
 
 
@@ -71,8 +72,8 @@ def problems(numbers: list[int], seed: int) -> Iterator[dict]:
     from reasoning_gym import create_dataset
 
     questions, wanted = set(), set(numbers)
-    for part in range(1_000_000):
-        dataset = create_dataset("gsm_symbolic", size=10_000, seed=seed * 1_000_000 + part)
+    for part in itertools.count():  # the package draws problem i by the seed plus i
+        dataset = create_dataset("gsm_symbolic", size=PART, seed=seed * 1_000_000_000 + part * PART)
         for i, number in enumerate(dataset.task_indices):
             if number not in wanted:
                 continue
@@ -82,6 +83,11 @@ def problems(numbers: list[int], seed: int) -> Iterator[dict]:
                 questions.add(question)
                 answer = problem["metadata"]["answer_cot"].strip()
                 yield {"question": question, "answer": answer, "template": number}
+
+
+def numbers_of(problem: dict) -> tuple:
+    """The template and all numbers of a question: who is asked about does not change its answer."""
+    return problem["template"], *re.findall(r"\d+(?:[.,/]\d+)*", problem["question"])
 
 
 def pairs_of_words(question: str) -> set[tuple[str, str]]:
@@ -146,8 +152,8 @@ def main():
             "seen": list(islice(problems(seen, SEEDS["seen"]), arguments.num_test)),
             "unseen": list(islice(problems(unseen, SEEDS["unseen"]), arguments.num_test)),
         }
-    taken = {problem["question"] for problem in tested["seen"]}
-    new = (problem for problem in problems(seen, SEEDS["train"]) if problem["question"] not in taken)
+    taken = {numbers_of(problem) for problem in tested["seen"]}
+    new = (problem for problem in problems(seen, SEEDS["train"]) if numbers_of(problem) not in taken)
     symbolic = list(islice(new, arguments.num_symbolic))
     rows, prompts = [*train * arguments.repeat_gsm8k, *symbolic], [*train, *symbolic]
     for each in (rows, prompts):

@@ -4,9 +4,10 @@ The teacher, which `fine_tune.py` made, answers training problems in few passes.
 seed, learn from its answers, and in a second round from a student's own. Teacher and students answer the tests of
 `rows.py` over a range of thresholds. Out come, in `output_dir`, `study.json`, `report.md` and a picture for each test.
 
-What was computed is not computed again: after a kill, the same command goes on. Several processes, each with a GPU,
-may share the students after `--until trajectories` (which `accelerate launch` spreads over GPUs), each with `--until
-curves` and `--variants` of its own; the command without these then writes the report. The second command is a try.
+What was computed is not computed again: after a kill, the same command goes on. It uses one GPU; where there are more,
+CUDA_VISIBLE_DEVICES must name one. Several such processes may share the students after `--until trajectories` (which
+`accelerate launch` spreads over GPUs), each with `--until curves` and `--variants` of its own, and the same `--seeds`;
+the command without these then writes the report. The second command is a try.
 
     python examples/gsm8k/study.py --teacher runs/gsm8k/teacher/merged --rows runs/gsm8k/rows \\
         --output_dir runs/gsm8k/study
@@ -84,7 +85,11 @@ def load(path):
 
 def read_prompts(path, first, count):
     """Training problems, from one on."""
-    lines = path.read_text(encoding="utf-8").splitlines()[first : first + count]
+    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")[first : first + count]
+    if len(lines) < count:
+        raise ValueError(
+            f"`num_prompts={count}` is not allowed: {path} has too few problems for that many in each round."
+        )
     rows = [json.loads(line) for line in lines]
     chats = [[{"role": "user", "content": row["question"]}] for row in rows]
     return Dataset.from_dict({"prompt": chats, "answer": [row["answer"] for row in rows]})
@@ -179,7 +184,7 @@ def fewest_passes(curve, policy, verdicts):
 
 def report(teacher, students):
     """Markdown: for each test the teacher's points, where each student's curve reaches the teacher's accuracy less
-    what may be lost, and the fewest passes that surely do."""
+    what may be lost, and the point with the fewest passes whose interval excludes a larger loss."""
     lines = []
     for name, task in TASKS.items():
         points, verdicts = teacher[name]["points"], teacher[name]["verdicts"]
@@ -197,7 +202,7 @@ def report(teacher, students):
             f"Its most accurate thresholded policy: {points[best].settings}. AUP is with the best accuracy of all, "
             f"{highest:.1f}%, as y_max.",
             "",
-            f"| model | NFE at {100 * bar:.1f}% | AUP | fewest passes with a loss of surely less than "
+            f"| model | NFE at {100 * bar:.1f}% | AUP | fewest passes of a point whose interval excludes a loss of "
             f"{100 * ALLOWED_LOSS:.0f} points, first seed |",
             "| --- | --- | --- | --- |",
         ]
@@ -245,6 +250,17 @@ def draw(teacher, students, folder):
         plot(curves, folder / f"{name}.png", f"{task.name}, {where}; students at entropy threshold", bar=bar)
 
 
+def check_processes(arguments):
+    """Raises `ValueError` where several processes or GPUs would have to work together."""
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if state.num_processes > 1 and arguments.until != "trajectories":
+        raise ValueError("`accelerate launch` is for `--until trajectories` alone: start this by `python`.")
+    if state.num_processes == 1 and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"There are {torch.cuda.device_count()} GPUs: let the environment variable CUDA_VISIBLE_DEVICES name one."
+        )
+
+
 def main():
     parser = CommandParser(__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of the fine-tuned model")
@@ -253,7 +269,7 @@ def main():
     parser.add_argument("--num_prompts", type=int, default=12_288, help="problems that a round learns from")
     parser.add_argument("--max_steps", type=int, default=400, help="optimizer steps of each student")
     parser.add_argument("--batch_size", type=int, default=32, help="examples of a step, each in two views")
-    parser.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate")
+    parser.add_argument("--learning_rate", type=float, default=1e-4, help="highest learning rate, but 2e-4 for LoRA")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the students of the main variants")
     parser.add_argument("--limit", type=int, help="problems of each test, from the first on (default: all)")
     parser.add_argument("--decoding_batch_size", type=int, default=512, help="problems that are answered at a time")
@@ -265,7 +281,10 @@ def main():
     )  # fmt: skip
     arguments = parser.parse_args()
     with plain_errors(ValueError, OSError):
+        check_processes(arguments)
         study = Study(arguments)
+        if any(name.endswith("second round") for name in arguments.variants):
+            read_prompts(arguments.rows / "prompts.jsonl", arguments.num_prompts, arguments.num_prompts)
         for task in TASKS.values():
             task.questions(data=arguments.rows, limit=1)
         study.answers(arguments.teacher, study.folder / "trajectories", 1)
@@ -282,7 +301,8 @@ def main():
             print(f"In {study.folder / 'students'}: students and curves. Next: the same command without --until.")
             return
         teacher = study.curves(arguments.teacher, study.folder / "teacher", TEACHER_GRID)
-    settings = {name: getattr(arguments, name) for name in ("num_prompts", "max_steps", "batch_size", "seeds")}
+    names = ("num_prompts", "max_steps", "batch_size", "learning_rate", "seeds", "limit", "variants")
+    settings = {name: getattr(arguments, name) for name in names}
 
     def entries(curves):
         return {name: to_entries(curve["points"]) for name, curve in curves.items()}
@@ -294,7 +314,7 @@ def main():
     (study.folder / "report.md").write_text(text + "\n", encoding="utf-8")
     draw(teacher, students, study.folder)
     print(text)
-    model = study.path_of(MAIN[1], arguments.seeds[0]) / "model"
+    model = study.path_of(arguments.variants[-1], arguments.seeds[0]) / "model"
     print(
         f"In {study.folder}: study.json, report.md and pictures. Next, for a student's card: python -m "
         f"dparallel.hub_cards.push_model {model} user/my-model --dry_run {study.folder / 'card'}"

@@ -50,6 +50,10 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "out"
 
 
+def numbers(question):
+    return rows.numbers_of({"template": 0, "question": question})[1:]
+
+
 def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -63,6 +67,8 @@ def test_what_is_tested_is_not_trained_on(folder):
     assert {row["template"] for row in read(folder / "symbolic_unseen.jsonl")} == {2}
     assert not any("hens" in question for question in trained)  # neither of the template nor worded like it
     assert [row["question"] for row in read(folder / "gsm8k_rest.jsonl")] == GSM8K["test"][:1]
+    tests = {rows.numbers_of(row) for row in tested}
+    assert not any((number, *tests_numbers) in tests for number in (0, 1) for tests_numbers in map(numbers, trained))
     row = next(row for row in train if "Tom" in row["prompt"][0]["content"])
     assert row["completion"] == [{"role": "assistant", "content": "3 x 4 = 12\n#### 12"}]
 
@@ -76,6 +82,25 @@ def test_tasks_read_the_files(folder, name):
     assert task.is_right(row, row["answer"]) and not task.is_right(row, "It is 7777.")
     with pytest.raises(ValueError, match="there is no file"):
         task.questions(data=folder.parent)
+
+
+def test_a_problem_that_is_tested_is_not_trained_on_with_other_names(tmp_path, monkeypatch):
+    def few(templates, seed):
+        for i in itertools.count():
+            name = ["", "An", "Bo", "Ci", "Da"][seed] + "a" * i  # another one for each seed
+            row = {"question": f"{name} has {i % 30} hens.", "answer": f"#### {i % 30}"}
+            yield row | {"template": templates[i % len(templates)]}
+
+    for split in ("train", "test"):
+        (tmp_path / f"gsm8k_{split}.jsonl").write_text(json.dumps({"question": "Why?", "answer": "#### 1"}))
+    monkeypatch.setattr(rows, "templates", lambda: ([0], [2]))
+    monkeypatch.setattr(rows, "problems", few)
+    words = f"--data {tmp_path} --output_dir {tmp_path / 'out'} --num_symbolic 20 --num_test 10"
+    monkeypatch.setattr("sys.argv", ["rows.py", *words.split()])
+    rows.main()
+    tested, trained = (read(tmp_path / "out" / f"{name}.jsonl") for name in ("symbolic_seen", "prompts"))
+    assert {row["answer"] for row in tested} == {f"#### {i}" for i in range(10)}
+    assert {row["answer"] for row in trained if row["question"] != "Why?"} == {f"#### {i}" for i in range(10, 30)}
 
 
 def test_likeness_is_the_share_of_pairs_that_both_have():

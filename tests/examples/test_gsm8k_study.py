@@ -1,6 +1,7 @@
 """The study on real weights, in small: a teacher of random weights, and three tests of two problems each."""
 
 import json
+import shutil
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -61,10 +62,26 @@ def test_the_study_runs_and_goes_on(flags, tmp_path, monkeypatch, capsys):
     teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").state_dict()
     for name, model in models.items():  # each has learned something, each something else
         assert any((weight.float() != teacher[key]).any() for key, weight in model.state_dict().items()), name
+        assert model.generation_config.unmasking == "entropy_threshold", name  # as a student is shipped
+    assert all((path / "model" / "training.json").exists() for path in of(tmp_path).values())
     capsys.readouterr()
     run(monkeypatch, *flags)
     assert "train_loss" not in capsys.readouterr().out
     assert (tmp_path / "out" / "report.md").read_text(encoding="utf-8") == first
+
+
+@pytest.mark.journey
+def test_students_of_other_answers_are_not_taken_for_these(flags, tmp_path, monkeypatch):
+    flags += ["--until", "curves", "--seeds", "0", "--variants", "both losses"]
+    run(monkeypatch, *flags)
+    shutil.rmtree(tmp_path / "out" / "trajectories")
+    prompts = (tmp_path / "prompts.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "prompts.jsonl").write_text(prompts.replace("Sam", "Ann"), encoding="utf-8")
+    with pytest.raises(SystemExit, match="other settings: `answers`"):
+        run(monkeypatch, *flags)
+    flags[flags.index("--num_prompts") + 1] = "9"
+    with pytest.raises(SystemExit, match="`num_prompts=9` is not allowed"):
+        run(monkeypatch, *flags, "--output_dir", str(tmp_path / "other"))
 
 
 def of(folder):

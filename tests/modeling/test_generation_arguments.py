@@ -41,7 +41,7 @@ def test_other_projects_names_are_answered_with_ours(model, prompt, name):
         model.generate(prompt, max_new_tokens=4, **{name: 1})
     accepted = {"max_new_tokens", "unmasking", "unmasking_temperature", "threshold", "steps", "mask_token_id"}
     accepted |= {"block_length", "block_cache", "stop_at_eos", "suppress_tokens", "return_dict_in_generate"}
-    accepted |= {"streamer", "logits_processor"}
+    accepted |= {"streamer", "logits_processor", "max_batch_size"}
     assert OTHER_NAMES[name] is None or any(word in OTHER_NAMES[name] for word in accepted)
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -267,6 +268,8 @@ def test_models_that_cannot_be_trained(tmp_path, word_tokenizer, make_trainer, s
         MaskedDiffusionTrainer(small_model(), settings(tmp_path), peft_config={"r": 8})
     with pytest.raises(ValueError, match="`model='/no/where/else'` is not allowed: there is no such folder"):
         MaskedDiffusionTrainer("/no/where/else", settings(tmp_path))
+    with pytest.raises(ValueError, match="`model='/no/where/else'` is not allowed: there is no such folder"):
+        MaskedDiffusionTrainer(Path("/no/where/else"), settings(tmp_path))
 
 
 def test_a_model_without_a_tokenizer(tmp_path, small_model):

@@ -105,6 +105,28 @@ def step_of(checkpoint):
     return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
 
 
+def build_trainer(trainer_class, arguments, model_arguments, config, rows, **own):
+    """A trainer of the model that `model_arguments` name, on rows less those that are held out for evaluation; `own`
+    are arguments of that trainer alone."""
+    held_out = None
+    if arguments.eval_size:
+        split = rows.train_test_split(arguments.eval_size, seed=config.seed)
+        rows, held_out = split["train"], split["test"]
+    else:  # nothing to evaluate with, whatever a recipe says
+        config.eval_strategy, config.load_best_model_at_end = IntervalStrategy.NO, False
+    config.model_init_kwargs = {**init_kwargs(model_arguments), **(config.model_init_kwargs or {})}
+    name, revision = model_arguments.model_name_or_path, model_arguments.model_revision
+    return trainer_class(
+        model=name,
+        args=config,
+        train_dataset=rows,
+        eval_dataset=held_out,
+        processing_class=AutoTokenizer.from_pretrained(name, revision=revision),
+        peft_config=get_peft_config(model_arguments),
+        **own,
+    )
+
+
 def train_and_merge(trainer, model_arguments, what):
     """Train, from the last checkpoint on where there is one, and save the plain model in OUTPUT_DIR/merged."""
     config = trainer.args
@@ -145,8 +167,6 @@ def main():
     with plain_errors(ValueError, OSError):
         rows, judge = load_answers_or_prompts(arguments), load_judge(arguments.judge)
         check_eval_size(arguments, rows)
-    if not arguments.eval_size:  # nothing to evaluate with, whatever a recipe says
-        config.eval_strategy, config.load_best_model_at_end = IntervalStrategy.NO, False
     if not has_answers(rows):
         arguments.trajectories_dir = arguments.trajectories_dir or str(Path(config.output_dir) / "trajectories")
         rows = teacher_trajectories(
@@ -158,23 +178,8 @@ def main():
             **arguments.teacher_generation_kwargs,
         )
     with plain_errors(ValueError):
-        rows, held_out = right_answers(arguments, rows), None
-    if arguments.eval_size:
-        split = rows.train_test_split(arguments.eval_size, seed=config.seed)
-        rows, held_out = split["train"], split["test"]
-
-    config.model_init_kwargs = {**init_kwargs(model_arguments), **(config.model_init_kwargs or {})}
-    trainer = CertaintyForcingTrainer(
-        model=model_arguments.model_name_or_path,
-        args=config,
-        train_dataset=rows,
-        eval_dataset=held_out,
-        processing_class=AutoTokenizer.from_pretrained(
-            model_arguments.model_name_or_path, revision=model_arguments.model_revision
-        ),
-        peft_config=get_peft_config(model_arguments),
-        judge=judge,
-    )
+        rows = right_answers(arguments, rows)
+    trainer = build_trainer(CertaintyForcingTrainer, arguments, model_arguments, config, rows, judge=judge)
     train_and_merge(trainer, model_arguments, "distilled")
 
 

@@ -17,10 +17,8 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import PartialState
-from distill import check_eval_size, train_and_merge
-from generate_trajectories import DatasetArguments, ModelArguments, init_kwargs, load_rows, parse_arguments
-from transformers import AutoTokenizer, IntervalStrategy
-from trl import get_peft_config
+from distill import build_trainer, check_eval_size, train_and_merge
+from generate_trajectories import DatasetArguments, ModelArguments, load_rows, parse_arguments
 
 from dparallel.hub_cards.command_line import plain_errors
 from dparallel.trainer import MaskedDiffusionConfig, MaskedDiffusionTrainer
@@ -36,27 +34,10 @@ def main():
         __doc__, FineTuneArguments, MaskedDiffusionConfig, ModelArguments
     )
     PartialState(cpu=not torch.cuda.is_available())
-    held_out = None
     with plain_errors(ValueError, OSError):
         rows = load_rows(arguments)
         check_eval_size(arguments, rows)
-    if arguments.eval_size:
-        split = rows.train_test_split(arguments.eval_size, seed=config.seed)
-        rows, held_out = split["train"], split["test"]
-    else:  # nothing to evaluate with, whatever a file of settings says
-        config.eval_strategy, config.load_best_model_at_end = IntervalStrategy.NO, False
-    config.model_init_kwargs = {**init_kwargs(model_arguments), **(config.model_init_kwargs or {})}
-    with plain_errors(ValueError, OSError):
-        trainer = MaskedDiffusionTrainer(
-            model=model_arguments.model_name_or_path,
-            args=config,
-            train_dataset=rows,
-            eval_dataset=held_out,
-            processing_class=AutoTokenizer.from_pretrained(
-                model_arguments.model_name_or_path, revision=model_arguments.model_revision
-            ),
-            peft_config=get_peft_config(model_arguments),
-        )
+        trainer = build_trainer(MaskedDiffusionTrainer, arguments, model_arguments, config, rows)
     train_and_merge(trainer, model_arguments, "fine-tuned")
 
 

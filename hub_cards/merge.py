@@ -88,7 +88,8 @@ def merge_adapter(
     generation_config = _updated(adapter.generation_config, generation_settings)
     if tokenizer is None:
         tokenizer = load_tokenizer(source, base_model or adapter.active_peft_config.base_model_name_or_path)
-    model = _merged(adapter, source is not None)
+    _warn_of_rounding(adapter, is_loaded=source is not None)
+    model = _merged(adapter)
     model.generation_config = generation_config
     model.save_pretrained(output_dir)
     tokenizer.save_pretrained(output_dir)
@@ -264,7 +265,7 @@ def _updated(generation_config, settings):
     return config
 
 
-def _merged(adapter, is_loaded):
+def _merged(adapter):
     """The plain model. A weight that embedding and head share would take up what the adapter does to either of them:
     each is merged into its own, and they share one again if both came out the same."""
     base = adapter.get_base_model()
@@ -276,7 +277,6 @@ def _merged(adapter, is_loaded):
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
     if shared:
         base.config.tie_word_embeddings = False
-    _warn_of_rounding(adapter, is_loaded)
     try:
         model = adapter.merge_and_unload(safe_merge=True)
     except NotImplementedError as error:

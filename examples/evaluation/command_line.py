@@ -16,14 +16,13 @@ from transformers.utils.hub import extract_commit_hash
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.hub_ids import check_folder_or_hub_id, file_of
 from dparallel.hub_cards.measurements import RESULTS_FILE, Measurement
-from dparallel.hub_cards.merge import load_adapted, load_tokenizer
+from dparallel.hub_cards.merge import ADAPTER_FILE, load_adapted, load_tokenizer
 from dparallel.modeling import POLICIES, SCHEDULES  # and the model families are registered with AutoModelForCausalLM
 from dparallel.modeling.generation_config_diffusion import BLOCK_CACHES
 
 from .evaluation import DECODING_ARGUMENTS, evaluate_task, origin_of
 from .tasks import TASKS, Task
 
-ADAPTER_FILE = "adapter_config.json"
 HEADER = "| task | model | decoding | NFE | TPF | accuracy % (95% interval) |\n" + "| --- " * 6 + "|"
 
 

@@ -9,6 +9,7 @@ the same colour in every picture.
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,13 +67,20 @@ def _settings(point):
 
 def aup(curves: Sequence[Curve]) -> dict[str, float]:
     """AUP of each curve, by its label; the best accuracy is that of all points."""
-    best = 100 * max(point.accuracy for curve in curves for point in curve.points)
-    return {
-        curve.label: accuracy_under_parallelism(
-            [point.tpf for point in curve.points], [100 * point.accuracy for point in curve.points], best
-        )
-        for curve in curves
-    }
+    best = max(point.accuracy for curve in curves for point in curve.points)
+    return {curve.label: aup_of(curve.points, best) for curve in curves}
+
+
+def aup_of(points: Sequence[Measurement], best: float) -> float:
+    """AUP of points, where the best accuracy of any method on the task is this one, from 0 to 1."""
+    return accuracy_under_parallelism(
+        [point.tpf for point in points], [100 * point.accuracy for point in points], 100 * best
+    )
+
+
+def without_seconds(curves: Sequence[Curve]) -> list[Curve]:
+    """The same curves, to be drawn against passes alone: several processes may have shared a GPU."""
+    return [curve._replace(points=[replace(point, seconds=None) for point in curve.points]) for curve in curves]
 
 
 def with_aup(curves: Sequence[Curve]) -> list[Curve]:

@@ -4,7 +4,7 @@ policy says in how many passes a model reaches an accuracy."""
 import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from dparallel.hub_cards.measurements import Measurement
 from dparallel.trainer import CertaintyForcingConfig, CertaintyForcingTrainer
 from dparallel.trainer.resumable_shards import map_in_shards
 from dparallel.trainer.trajectories import rows_digest
+
+from .plot import Curve
 
 
 def train_student(
@@ -112,6 +114,24 @@ def spread(results: Sequence[tuple[float, bool] | None]) -> str:
     reached = [result for result in results if result is not None]
     if len(reached) < len(results):
         return "not reached" if not reached else f"reached by {len(reached)} of {len(results)} seeds"
-    values, sign = [value for value, _ in reached], "≤ " if any(is_bound for _, is_bound in reached) else ""
-    mean = f"{sign}{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
+    sign = "≤ " if any(is_bound for _, is_bound in reached) else ""
+    return sign + mean_and_range([value for value, _ in reached], 1)
+
+
+def mean_and_range(values: Sequence[float], digits: int) -> str:
+    """In words, the mean, and of several values the lowest and the highest."""
+    mean, low, high = (f"{value:.{digits}f}" for value in (statistics.mean(values), min(values), max(values)))
+    return mean if len(values) == 1 else f"{mean} ({low} to {high})"
+
+
+def folder_of(folder: Path, variant: str, seed: int) -> Path:
+    """Of a student of this variant and seed."""
+    return folder / "students" / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
+
+
+def curves_of_teacher(points: Sequence[Measurement], policies: Iterable[str]) -> list[Curve]:
+    """In grey, one for each of at most four policies."""
+    return [
+        Curve(f"teacher, {policy.replace('_', ' ')}", of_policy(points, policy), "0.45", line)
+        for policy, line in zip(policies, ("-.", "--", "-", ":"), strict=False)
+    ]

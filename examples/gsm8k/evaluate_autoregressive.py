@@ -42,12 +42,10 @@ class Answers:
         """The tokens of the answers from `first` on, each up to and including its end-of-text."""
         prompts = self.prompts[first : first + self.batch_size]
         full = prompts + [prompts[-1]] * (self.batch_size - len(prompts))  # of one shape, as the others
-        ids = torch.full((len(full), self.width), min(self.ends))
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(full):
-            ids[row, self.width - len(prompt) :], mask[row, self.width - len(prompt) :] = torch.tensor(prompt), 1
-        device = self.model.device
-        output = self.model.generate(ids.to(device), attention_mask=mask.to(device), **self.settings)
+        inputs = self.tokenizer.pad(
+            {"input_ids": full}, padding="max_length", max_length=self.width, padding_side="left", return_tensors="pt"
+        )
+        output = self.model.generate(**inputs.to(self.model.device), **self.settings)
         for row in output[: len(prompts), self.width :].tolist():
             end = next((i + 1 for i, token in enumerate(row) if token in self.ends), len(row))
             yield row[:end]
@@ -102,6 +100,8 @@ def main():
         model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).eval()
         model.to("cuda" if is_gpu else "cpu")
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
         jobs = [(GSM8K_REST, size, arguments.speed_problems) for size in arguments.batch_sizes]
         jobs += [(task, max(arguments.batch_sizes), arguments.limit) for task in TASKS]
         points = []

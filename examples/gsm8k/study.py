@@ -15,10 +15,9 @@ the command without these then writes the report. The second command is a try.
         --output_dir runs/try --num_prompts 64 --max_steps 3 --batch_size 4 --limit 8 --seeds 0
 """
 
+import functools
 import itertools
 import json
-import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -29,9 +28,17 @@ from rows import GSM8K_REST, SYMBOLIC_SEEN, SYMBOLIC_UNSEEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dparallel.evaluation.evaluation import to_entries, verdicts_of
-from dparallel.evaluation.metrics import accuracy_under_parallelism, same_number
-from dparallel.evaluation.plot import Curve, plot, shades
-from dparallel.evaluation.students import nfe_at, of_policy, spread, train_student
+from dparallel.evaluation.metrics import same_number
+from dparallel.evaluation.plot import Curve, aup_of, plot, shades, without_seconds
+from dparallel.evaluation.students import (
+    curves_of_teacher,
+    folder_of,
+    mean_and_range,
+    nfe_at,
+    of_policy,
+    spread,
+    train_student,
+)
 from dparallel.evaluation.sweep import decodings_of, sweep
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import here_and_now, paired_difference
@@ -85,14 +92,20 @@ def load(path):
 
 def read_prompts(path, first, count):
     """Training problems, from one on."""
-    lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")[first : first + count]
-    if len(lines) < count:
+    rows = GSM8K_REST.load(data=path)  # of the same columns as the tests
+    if first + count > len(rows):
         raise ValueError(
             f"`num_prompts={count}` is not allowed: {path} has too few problems for that many in each round."
         )
-    rows = [json.loads(line) for line in lines]
-    chats = [[{"role": "user", "content": row["question"]}] for row in rows]
-    return Dataset.from_dict({"prompt": chats, "answer": [row["answer"] for row in rows]})
+    rows = rows.select(range(first, first + count))
+    chats = [[{"role": "user", "content": question}] for question in rows["question"]]
+    return Dataset.from_dict({"prompt": chats, "answer": rows["answer"][:]})
+
+
+@functools.cache
+def digest_of(path):
+    """Of a model for decoding."""
+    return model_digest(load(path))
 
 
 class Study:
@@ -104,11 +117,14 @@ class Study:
         limit = arguments.limit
         self.amount = {"data": arguments.rows, "limit": limit, "batch_size": arguments.decoding_batch_size}
         self.amount["shard_size"] = limit or 2000  # one: only among its rows do ended ones make room for others
+        self.found = {}  # the answers that were asked for, by their folders
 
     def answers(self, teacher, folder, round_number):
         """A teacher's answers to the problems of a round."""
+        if folder in self.found:
+            return self.found[folder]
         count = self.arguments.num_prompts
-        rows = generate_trajectories(
+        rows = self.found[folder] = generate_trajectories(
             load(teacher),
             self.tokenizer,
             read_prompts(self.arguments.rows / "prompts.jsonl", (round_number - 1) * count, count),
@@ -123,16 +139,13 @@ class Study:
         print(f"{sum(rows['correct'])} of the {len(rows)} answers of {teacher} are right.")
         return rows
 
-    def path_of(self, variant, seed):
-        return self.folder / "students" / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
-
     def student(self, variant, seed):
         """The folder of a student's model, and of what it takes to train it."""
         teacher, round_number, where = self.arguments.teacher, 1, self.folder / "trajectories"
         if variant.endswith("second round"):
             before = variant.removesuffix(", second round")
             teacher, round_number = self.student(before, seed), 2
-            where = self.path_of(before, seed) / "trajectories"
+            where = folder_of(self.folder, before, seed) / "trajectories"
         rows = self.answers(teacher, where, round_number)
         if variant.endswith("right answers only"):
             rows = rows.filter(lambda row: row["correct"])
@@ -148,7 +161,7 @@ class Study:
         if variant.endswith("LoRA"):  # at the learning rate that such adapters are published with, times ten
             adapter, settings["learning_rate"] = LoraConfig(r=128, lora_alpha=128, target_modules="all"), 2e-4
         return train_student(
-            teacher, self.path_of(variant, seed), rows, self.tokenizer, settings, digest=model_digest(load(teacher)),
+            teacher, folder_of(self.folder, variant, seed), rows, self.tokenizer, settings, digest=digest_of(teacher),
             peft_config=adapter, dataloader_num_workers=4 if torch.cuda.is_available() else 0,
         )  # fmt: skip
 
@@ -191,7 +204,7 @@ def report(teacher, students):
         best = best_of_teacher(teacher[name])
         bar = points[best].accuracy - ALLOWED_LOSS
         curves = [teacher, *itertools.chain(*students.values())]
-        highest = 100 * max(point.accuracy for each in curves for point in each[name]["points"])
+        highest = max(point.accuracy for each in curves for point in each[name]["points"])
         lines += [
             f"## {task.name}, {points[0].num_examples} problems",
             "",
@@ -200,7 +213,7 @@ def report(teacher, students):
             *(f"| {each.settings} | {each.nfe:.1f} | {each.tpf:.2f} | {each.accuracy_in_words} |" for each in points),
             "",
             f"Its most accurate thresholded policy: {points[best].settings}. AUP is with the best accuracy of all, "
-            f"{highest:.1f}%, as y_max.",
+            f"{100 * highest:.1f}%, as y_max.",
             "",
             f"| model | NFE at {100 * bar:.1f}% | AUP | fewest passes of a point whose interval excludes a loss of "
             f"{100 * ALLOWED_LOSS:.0f} points, first seed |",
@@ -211,43 +224,25 @@ def report(teacher, students):
         for label, (found, policy) in rows.items():
             seeds = [each[name] for each in found]
             of_seeds = [of_policy(each["points"], policy) for each in seeds]
-            cells = [spread([nfe_at(each, bar) for each in of_seeds]), area_of(of_seeds, highest)]
+            areas = mean_and_range([aup_of(each, highest) for each in of_seeds], 0)
+            cells = [spread([nfe_at(each, bar) for each in of_seeds]), areas]
             lines.append(f"| {' | '.join([label, *cells, fewest_passes(seeds[0], policy, verdicts[best])])} |")
         lines.append("")
     return "\n".join(lines)
 
 
-def area_of(seeds, highest):
-    """AUP, mean, lowest and highest of the seeds."""
-    areas = [
-        accuracy_under_parallelism(
-            [point.tpf for point in points], [100 * point.accuracy for point in points], highest
-        )
-        for points in seeds
-    ]
-    mean = f"{statistics.mean(areas):.0f}"
-    return mean if len(areas) == 1 else f"{mean} ({min(areas):.0f} to {max(areas):.0f})"
-
-
 def draw(teacher, students, folder):
     """A picture for each test: the teacher in grey, students in deepening blue."""
-
-    def curve(label, points, colour, line, policy):
-        # Without seconds: several processes may have shared a GPU.
-        return Curve(label, [replace(each, seconds=None) for each in of_policy(points, policy)], colour, line)
-
     for name, task in TASKS.items():
         points = teacher[name]["points"]
-        curves = [
-            curve(f"teacher, {policy.replace('_', ' ')}", points, "0.45", line, policy)
-            for policy, line in zip(TEACHER_GRID, ("-.", "--", "-", ":"), strict=False)
-        ]
+        curves = curves_of_teacher(points, TEACHER_GRID)
         for (variant, found), colour in zip(students.items(), shades("tab:blue", len(students)), strict=True):
             line = "--" if variant.startswith("trajectory") else "-"
-            curves.append(curve(variant, found[0][name]["points"], colour, line, "entropy_threshold"))
+            curves.append(Curve(variant, of_policy(found[0][name]["points"], "entropy_threshold"), colour, line))
         where = f"{points[0].num_examples} problems, {points[0].hardware}, {points[0].date}"
         bar = points[best_of_teacher(teacher[name])].accuracy - ALLOWED_LOSS
-        plot(curves, folder / f"{name}.png", f"{task.name}, {where}; students at entropy threshold", bar=bar)
+        title = f"{task.name}, {where}; students at entropy threshold"
+        plot(without_seconds(curves), folder / f"{name}.png", title, bar=bar)
 
 
 def check_processes(arguments):
@@ -295,7 +290,7 @@ def main():
         for variant, seed in itertools.product(arguments.variants, arguments.seeds):
             if variant in MAIN or seed == arguments.seeds[0]:
                 model = study.student(variant, seed)
-                curves = study.curves(model, study.path_of(variant, seed) / "curves", STUDENT_GRID)
+                curves = study.curves(model, folder_of(study.folder, variant, seed) / "curves", STUDENT_GRID)
                 students.setdefault(variant, []).append(curves)
         if arguments.until == "curves":
             print(f"In {study.folder / 'students'}: students and curves. Next: the same command without --until.")
@@ -314,7 +309,7 @@ def main():
     (study.folder / "report.md").write_text(text + "\n", encoding="utf-8")
     draw(teacher, students, study.folder)
     print(text)
-    model = study.path_of(arguments.variants[-1], arguments.seeds[0]) / "model"
+    model = folder_of(study.folder, arguments.variants[-1], arguments.seeds[0]) / "model"
     print(
         f"In {study.folder}: study.json, report.md and pictures. Next, for a student's card: python -m "
         f"dparallel.hub_cards.push_model {model} user/my-model --dry_run {study.folder / 'card'}"

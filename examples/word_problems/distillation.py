@@ -33,8 +33,8 @@ from train import generated_dataset
 from transformers import AutoTokenizer
 
 from dparallel.evaluation.evaluation import evaluate_task, seconds_of, to_entries, verdicts_of, write_measurements
-from dparallel.evaluation.plot import POLICY_COLOURS, Curve, plot, shades, with_aup
-from dparallel.evaluation.students import nfe_at, of_policy, spread, train_student
+from dparallel.evaluation.plot import POLICY_COLOURS, Curve, plot, shades, with_aup, without_seconds
+from dparallel.evaluation.students import curves_of_teacher, folder_of, nfe_at, of_policy, spread, train_student
 from dparallel.evaluation.sweep import sweep
 from dparallel.hub_cards.command_line import CommandParser, plain_errors
 from dparallel.hub_cards.measurements import RESULTS_FILE, fastest, from_entries, paired_difference
@@ -213,12 +213,9 @@ def draw(results, folder):
             points = of_policy(from_entries(entries, RESULTS), "entropy_threshold")
             name = f"round {number}" if variant == WHOLE_METHOD else f"{variant}, round {number}"
             curves.append(Curve(name, points, colour, line))
-    for policy, line in zip(TEACHER_GRID, ("-.", "--", "-", ":"), strict=True):
-        curves.append(Curve(f"teacher, {policy.replace('_', ' ')}", of_policy(teacher, policy), "0.45", line))
+    curves += curves_of_teacher(teacher, TEACHER_GRID)
     title = f"{teacher[0].num_examples} word problems, no stop at end-of-text; students (blue) at entropy threshold"
-    # Without seconds: several processes may have shared the GPU.
-    curves = [curve._replace(points=[replace(point, seconds=None) for point in curve.points]) for curve in curves]
-    plot(with_aup(curves), folder / PICTURE, title, bar=teacher[0].accuracy - ALLOWED_LOSS)
+    plot(with_aup(without_seconds(curves)), folder / PICTURE, title, bar=teacher[0].accuracy - ALLOWED_LOSS)
 
 
 def main():
@@ -277,7 +274,7 @@ def main():
         return
     students = {}  # the folders of each student's rounds
     for variant, seed in itertools.product(arguments.variants, arguments.seeds):
-        path = folder / "students" / f"{variant.replace(',', '').replace(' ', '-')}-seed-{seed}"
+        path = folder_of(folder, variant, seed)
         rounds = students[variant, seed] = [path / "round-1"]
         student_of(TEACHER, path / "round-1", dataset, tokenizer, arguments, seed, VARIANTS[variant])
         with_rounds = variant in WITH_ROUNDS and seed == FIRST_SEED

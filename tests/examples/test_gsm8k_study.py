@@ -124,5 +124,6 @@ def test_areas_of_seeds_have_one_best_accuracy():
     one, other = (
         accuracy_under_parallelism([p.tpf for p in points], [100 * p.accuracy for p in points], 80) for points in seeds
     )
-    assert study.area_of(seeds[:1], 80) == f"{one:.0f}"
-    assert study.area_of(seeds, 80) == f"{(one + other) / 2:.0f} ({one:.0f} to {other:.0f})"
+    areas = [study.aup_of(points, 0.8) for points in seeds]
+    assert study.mean_and_range(areas[:1], 0) == f"{one:.0f}"
+    assert study.mean_and_range(areas, 0) == f"{(one + other) / 2:.0f} ({one:.0f} to {other:.0f})"
